@@ -270,10 +270,10 @@ def atlas_image(
     view = lambda v: v[::-1, ::-1, 0].T   # (x, y, 1) -> (rows from front to back, columns from right to left)
     return acquire(view(x), subject), view(mask), affine
 
-# %% ../nbs/03_cohorts.ipynb #25b61180
+# %% ../nbs/03_cohorts.ipynb #cb38b39f
 @dataclass
 class AtlasData:
-    n_train: int = 120       # healthy subjects to learn from
+    n_train: int = 150       # healthy subjects to learn from
     n_val: int = 30          # healthy subjects for the threshold and the choice of the checkpoint
     n_test: int = 240        # subjects to be judged, every second one with a lesion
     slices: int = 3          # slices of each training and validation subject (2D only)

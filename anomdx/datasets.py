@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ScanTable', 'LABELS', 'SPLITS', 'csv_rows', 'check_rows', 'as_table', 'folder_rows', 'npz_rows', 'read_table',
            'split_table', 'healthy_rows', 'missing_files', 'LeakError', 'check_table', 'data_digest', 'select_rows',
-           'TableData', 'load_table', 'load_row', 'PreparedScans', 'ScanDataset', 'collate', 'BatchLoader',
-           'make_loader']
+           'TableData', 'load_table', 'load_row', 'PreparedScans', 'ScanDataset', 'collate', 'make_loader']
 
 # %% ../nbs/06_datasets.ipynb #4e353325
 import csv, hashlib, io, os
@@ -314,7 +313,7 @@ def collate(
     batch = {k: [item[k] for item in items] for k in ("image", "label", "mask", "has_mask", "id", "patient")}
     return batch | {k: torch.stack(batch[k]) for k in ("image", "mask")} | {k: torch.tensor(batch[k]) for k in ("label", "has_mask")}
 
-# %% ../nbs/06_datasets.ipynb #2ae77594
+# %% ../nbs/06_datasets.ipynb #816c573b
 class BatchLoader(DataLoader):
     "A DataLoader whose workers report a broken file in one line, like the main process"
     def __iter__(self):
@@ -323,6 +322,7 @@ class BatchLoader(DataLoader):
             if "Original Traceback" not in str(e): raise
             raise type(e)(str(e).strip().splitlines()[-1].partition(": ")[2]) from e
 
+# %% ../nbs/06_datasets.ipynb #a4d0f34a
 def make_loader(
     dataset:Dataset,       # a ScanDataset, or anything that gives such items
     batch_size:int,
@@ -332,7 +332,7 @@ def make_loader(
     start_batch:int=0,     # how many batches of this epoch are already done
     num_workers:int=0,     # 0 loads in this process, where the cache is
     drop_last:bool=False,  # leave out an incomplete last batch
-)->BatchLoader: # of Batches
+)->DataLoader: # of Batches
     "The batches of one epoch from `start_batch` on"
     if batch_size < 1 or start_batch < 0: raise ValueError(f"make_loader() needs batch_size > 0 and start_batch >= 0, got {batch_size} and {start_batch}")
     if hasattr(dataset, "set_epoch"): dataset.set_epoch(epoch)

@@ -122,7 +122,7 @@ def flatten(
     if not is_dataclass(cfg): return {prefix[:-1]: cfg}
     return {k: v for f in fields(cfg) for k, v in flatten(getattr(cfg, f.name), f"{prefix}{f.name}.").items()}
 
-# %% ../nbs/49_experiment.ipynb #31bd5da5
+# %% ../nbs/49_experiment.ipynb #87e9d72c
 def claim_folder(
     cfg:Config,
     folder:Path,   # run folder, made if missing
@@ -136,7 +136,8 @@ def claim_folder(
         with atomic_path(path) as part: part.write_text(to_yaml(cfg))
         return
     new, old = flatten(cfg), flatten(run_config(folder))
-    key = next((k for k in [*new, *old] if new.get(k) != old.get(k) and k not in ("train.epochs", "train.progress", "train.num_workers")), None)
+    free = ["train.progress", "train.num_workers"] + ["train.epochs"] * (cfg.train.schedule == "constant")   # a schedule depends on its length
+    key = next((k for k in [*new, *old] if new.get(k) != old.get(k) and k not in free), None)
     if key: raise ConfigError(f"{folder} holds another run: its {key} is {old.get(key, 'absent')!r}, not {new.get(key, 'absent')!r}; "
                               "choose another folder with --out" + (", or resume with its own options" if resume else ""))
     if checkpoint_path(folder, "last").is_file() and not resume:

@@ -483,7 +483,7 @@ def plan(
         else: last.stop, last.members = max(stop, last.stop), [*last.members, (pos, j)]
     return sorted(requests, key=lambda r: min(r.members)[0])
 
-# %% ../nbs/30_streaming.ipynb #6e245375
+# %% ../nbs/30_streaming.ipynb #6de52d32
 class Budget:
     "Bytes asked for or waiting, against a limit; `peak` is the most there ever were"
     def __init__(self, limit: int): self.limit, self.used, self.peak, self.lock = limit, 0, 0, PerProcess(threading.Lock)
@@ -491,7 +491,12 @@ class Budget:
     def add(self, n: int) -> None:
         with self.lock(): self.used, self.peak = self.used + n, max(self.peak, self.used + n)
 
-def take(reader: "MemberReader", request: Request, budget: Budget, halt: threading.Event) -> dict[int, bytes]:
+def take(
+    reader,  # a MemberReader
+    request: Request,
+    budget: Budget,
+    halt: threading.Event,  # set when nobody waits any more
+) -> dict[int, bytes]:
     "The members of a request by position; one that is corrupt is fetched again, for the fault may have been on the way"
     values, missing, error = {}, request.members, None
     for _ in range(reader.tries):
@@ -506,10 +511,10 @@ def take(reader: "MemberReader", request: Request, budget: Budget, halt: threadi
     budget.add(request.start - request.stop)
     return values
 
-# %% ../nbs/30_streaming.ipynb #5e53786c
+# %% ../nbs/30_streaming.ipynb #b1d4f8e9
 class Flight:
     "The requests under way for one list of ids"
-    def __init__(self, reader: "MemberReader", ids: list[int]):
+    def __init__(self, reader, ids: list[int]):  # reader: a MemberReader
         self.reader, self.ids, self.sent, self.futures, self.halt = reader, ids, 0, {}, threading.Event()
         self.budget = reader.last_budget = Budget(reader.budget)
         self.fetchers = ThreadPoolExecutor(reader.conns, thread_name_prefix="anomdx-fetch")
@@ -530,8 +535,12 @@ class Flight:
         for q in requests: self.futures |= dict.fromkeys([p for p, _ in q.members], self.fetchers.submit(take, r, q, budget, self.halt))
         self.sent += n
 
-# %% ../nbs/30_streaming.ipynb #a480269b
-def in_order(reader: "MemberReader", ids: list[int], decode: Callable[[bytes], Any] | None = None) -> Iterator[tuple[int, Any]]:
+# %% ../nbs/30_streaming.ipynb #37799ac7
+def in_order(
+    reader,  # a MemberReader
+    ids: list[int],  # any order, repeats allowed
+    decode: Callable[[bytes], Any] | None = None,  # None: the bytes as they are
+) -> Iterator[tuple[int, Any]]:
     "Yield (id, value) for every id, in the order of `ids`"
     flight, ready, waiting = Flight(reader, ids), 0, {}
     decoders = ThreadPoolExecutor(reader.decode_threads) if decode and reader.decode_threads else None

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'rng_state', 'set_rng_state', 'own_rng', 'checkpoint_path', 'write_checkpoint', 'read_checkpoint',
            'load_state', 'load_weights', 'append_row', 'read_metrics', 'rewind', 'training_lock', 'Progress',
-           'HealthyLoader', 'start_accelerator', 'Engine', 'backward', 'train_step', 'healthy_loss', 'save', 'restore',
-           'begin_run', 'end_epoch', 'finish_run', 'progress_bar', 'tell_epoch', 'Trainer']
+           'HealthyLoader', 'start_accelerator', 'Engine', 'backward', 'train_step', 'lr_factor', 'set_lr',
+           'healthy_loss', 'save', 'restore', 'begin_run', 'end_epoch', 'finish_run', 'progress_bar', 'tell_epoch',
+           'Trainer']
 
 # %% ../nbs/40_train.ipynb #558b9252
 import json
@@ -35,13 +36,14 @@ from .datasets import make_loader
 from .loaders import DataError, atomic_path, reading
 from .models import CollapseError, Detector, check_finite
 
-# %% ../nbs/40_train.ipynb #e4b05cbb
+# %% ../nbs/40_train.ipynb #924c10a8
 @dataclass
 class TrainConfig:
     "How long, how fast and how carefully to train"
     epochs: int = 20         # passes over the training images
     batch_size: int = 16     # images per step, all processes together
-    lr: float = 1e-3         # learning rate (Adam)
+    lr: float = 1e-3         # learning rate (Adam), at its peak
+    schedule: str = "constant" # constant | onecycle: warm up over the first 30 % of all steps, then cool down to nothing
     weight_decay: float = 0. # pull of every weight towards zero, per step
     precision: str = "no"    # no (float32) | bf16 | fp16 (only on a GPU; bf16 is safer where the GPU has it)
     grad_clip: float = 0.    # longest gradient (L2 norm); 0 = any length
@@ -55,6 +57,7 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("batch_size", "val_every"):
             if getattr(self, key) < 1: raise ValueError(f"train.{key} must be at least 1, got {getattr(self, key)}")
+        if self.schedule not in ("constant", "onecycle"): raise ValueError(f"train.schedule must be constant or onecycle, got {self.schedule!r}")
 
 # %% ../nbs/40_train.ipynb #6402c1e4
 def rng_state(
@@ -244,7 +247,7 @@ def start_accelerator(
         raise ValueError("train.precision=fp16 needs a GPU, and this run is on the CPU; use bf16 or no")
     return accelerator
 
-# %% ../nbs/40_train.ipynb #b4fa5ea5
+# %% ../nbs/40_train.ipynb #d2921250
 class Engine:
     "A detector, its optimisers and the hardware they train on"
     def __init__(self, detector: Detector, cfg: TrainConfig, folder: str | Path, seed: int = 0):
@@ -252,6 +255,7 @@ class Engine:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.detector = detector.to(self.device)
         self.optimizers = [self.accelerator.prepare(o) for o in detector.configure_optimizers(cfg)]
+        for group in (g for o in self.optimizers for g in o.param_groups): group.setdefault("initial_lr", group["lr"])   # the peak
 
     @property
     def done(self) -> bool:
@@ -294,6 +298,25 @@ def train_step(
         return {k: float(v) for k, v in parts.items()}
     except CollapseError as e:
         raise CollapseError(f"epoch {engine.at.epoch + 1}, step {engine.at.step + 1}: {e}; the last good checkpoint in {engine.folder} stays") from e
+
+# %% ../nbs/40_train.ipynb #6bca33b4
+def lr_factor(
+    schedule:str, # constant | onecycle
+    done:float,   # share of all steps that are done, 0 to 1
+)->float:         # share of the peak learning rate
+    "Height of a schedule. Source: Smith & Topin 2018, super-convergence, with cosines as in torch's OneCycleLR"
+    if schedule == "constant": return 1.
+    rise, start, end = .3, 1 / 25, 1e-4 / 25
+    a, b, at = (start, 1., done / rise) if done < rise else (1., end, (done - rise) / (1 - rise))
+    return b + (a - b) * (1 + math.cos(math.pi * min(at, 1.))) / 2
+
+def set_lr(
+    engine:Engine,   # knows its step
+    total_steps:int, # of the whole run
+)->None:
+    "Set every optimiser to the learning rate of the next step"
+    factor = lr_factor(engine.cfg.schedule, engine.at.step / max(total_steps - 1, 1))
+    for group in (g for o in engine.optimizers for g in o.param_groups): group["lr"] = factor * group["initial_lr"]
 
 # %% ../nbs/40_train.ipynb #c2ea0ee9
 @torch.no_grad()
@@ -423,7 +446,7 @@ def tell_epoch(
     else: logging.getLogger("anomdx.train").info("epoch %d/%d: %s, %s images/s", row["epoch"], engine.cfg.epochs,
                                                  ", ".join(f"{k} {v}" for k, v in losses.items()), row["images_per_s"])
 
-# %% ../nbs/40_train.ipynb #4e4cae89
+# %% ../nbs/40_train.ipynb #e5e714ae
 class Trainer:
     "Fit a detector to healthy images; everything it leaves is in the run folder"
     def __init__(self, detector: Detector, train_set: Dataset, val_set: Dataset, cfg: TrainConfig, folder: str | Path, seed: int = 0):
@@ -438,6 +461,7 @@ class Trainer:
                 while not engine.done:
                     clock = time.perf_counter()
                     for batch in engine.batches(self.train_set, True, engine.at.epoch, engine.at.batch):
+                        set_lr(engine, cfg.epochs * len(at_rest))
                         parts = train_step(engine, batch["image"])
                         clock, started = time.perf_counter(), clock
                         engine.at.add(parts, len(batch["image"]), clock - started)
