@@ -131,8 +131,8 @@ def run_config(
     if not path.is_file(): raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; train one with anomdx train … --out {folder}")
     return compose(Config, read_yaml(path), origin=str(path))
 
-# %% ../nbs/49_experiment.ipynb #529a9660
-OURS = {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "data", ".training.lock"}  # what a run that has only begun leaves
+# %% ../nbs/49_experiment.ipynb #c595666d
+OURS = {"config.yaml", "provenance.json", "metrics.jsonl", "metrics.csv", "checkpoints", "data", ".training.lock"}  # what a run that has only begun leaves
 
 def has_begun(
     folder:Path, # run folder, which need not exist
@@ -157,12 +157,12 @@ def claim_folder(
                               "choose another folder with --out" + (", or resume with its own options" if resume else ""))
     if not resume: raise ConfigError(f"{folder} already holds this run; go on with --resume, or choose another folder with --out")
 
-# %% ../nbs/49_experiment.ipynb #5e83c747
+# %% ../nbs/49_experiment.ipynb #614402a4
 def run(
     cfg:Config,
     folder:str|Path,    # run folder
     resume:bool=False,  # go on from its last checkpoint
-)->Path:                # the run folder: config.yaml, provenance.json, metrics.jsonl, checkpoints/{last,best}
+)->Path:                # the run folder: config.yaml, provenance.json, metrics.{jsonl,csv}, checkpoints/{last,best}
     "Train what a configuration asks for; killed and resumed, it ends with the same weights"
     folder = Path(folder)
     claim_folder(cfg, folder, resume)

@@ -631,13 +631,13 @@ def pass_descriptor(tap: Tap, crc: int, packed: int, size: int) -> bool:
         if tap.need(len(mark) + 2).startswith(mark + b"PK"): return bool(tap.take(len(mark))) # PK: an empty one fits narrow and wide
     return False
 
-# %% ../nbs/30_streaming.ipynb #b6f7a28a
+# %% ../nbs/30_streaming.ipynb #2ccb40be
 def iter_zip(
     chunks: Iterable[bytes],       # the archive from its first byte, such as source.stream()
     suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg"), prefix: str = "", # as in `select_members`
     max_size: int = 512 << 20, max_ratio: int = 200, # as in `select_members`
 ) -> Iterator[tuple[str, bytes]]:
-    "Yield (name, bytes), checked, of the same members as `ZipIndex.select`, in the order of the file. Source: APPNOTE 4.3.7"
+    "Yield (name, bytes), checked, of the same members as `select_members`, in the order of the file. Source: APPNOTE 4.3.7"
     tap = Tap(chunks)
     while (signature := bytes(tap.need(4)[:4])) == b"PK\3\4":
         flags, method, crc, packed, size, n, more = struct.unpack("<6xHH4x3I2H", tap.take(30))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'rng_state', 'set_rng_state', 'own_rng', 'checkpoint_path', 'write_checkpoint', 'read_checkpoint',
-           'load_state', 'load_weights', 'append_row', 'read_metrics', 'rewind', 'training_lock', 'Progress',
-           'HealthyLoader', 'start_accelerator', 'Engine', 'backward', 'train_step', 'lr_factor', 'set_lr',
+           'load_state', 'load_weights', 'append_row', 'read_metrics', 'rewind', 'write_csv', 'training_lock',
+           'Progress', 'HealthyLoader', 'start_accelerator', 'Engine', 'backward', 'train_step', 'lr_factor', 'set_lr',
            'healthy_loss', 'save', 'restore', 'begin_run', 'end_epoch', 'finish_run', 'progress_bar', 'tell_epoch',
            'Trainer']
 
-# %% ../nbs/40_train.ipynb #558b9252
+# %% ../nbs/40_train.ipynb #f7b938c0
+import csv
 import json
 import logging
 import math
@@ -171,6 +172,16 @@ def rewind(
     "Drop the rows that a resumed run will write again"
     rows = [r for r in read_metrics(path) if r["epoch"] <= epoch]
     with atomic_path(path) as p: p.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+# %% ../nbs/40_train.ipynb #6e87d1f9
+def write_csv(
+    path:str|Path, # metrics.csv, beside the metrics.jsonl it is made from
+)->None:
+    "The rows of metrics.jsonl as a CSV; what an epoch did not measure stays empty"
+    rows = read_metrics(Path(path).with_suffix(".jsonl"))
+    with atomic_path(path) as p, open(p, "w", newline="") as f:
+        table = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
+        table.writeheader(); table.writerows(rows)
 
 # %% ../nbs/40_train.ipynb #55d365f3
 @contextmanager
@@ -389,7 +400,7 @@ def begin_run(
     engine.at.finished = False
     return True
 
-# %% ../nbs/40_train.ipynb #2ed35dc3
+# %% ../nbs/40_train.ipynb #3d70aa65
 def end_epoch(
     engine:Engine,             # after the last step of an epoch
     val_loader:HealthyLoader,  # validation images
@@ -402,7 +413,9 @@ def end_epoch(
     if due: at.stale += 1
     if better: at.best, at.best_step, at.stale = row["val_loss"], at.step, 0
     if better: save(engine, "best")
-    if engine.main: append_row(engine.folder/"metrics.jsonl", row)
+    if engine.main:
+        append_row(engine.folder/"metrics.jsonl", row)
+        write_csv(engine.folder/"metrics.csv")
     save(engine, "last")
     return row
 
