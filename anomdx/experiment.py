@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'OURS', 'EvalConfig', 'Config', 'load_config', 'create_table', 'create_detector', 'create_trainer',
            'git_commit', 'provenance', 'flatten', 'run_config', 'has_begun', 'claim_folder', 'run']
 
-# %% ../nbs/49_experiment.ipynb #d5bc9d08
+# %% ../nbs/49_experiment.ipynb #1fe3a13a
 import json, os, platform, shutil, subprocess
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
@@ -21,7 +21,7 @@ from .config import ConfigError, choice, compose, digest, preset_path, read_yaml
 from .datasets import ScanDataset, ScanTable, TableData, data_digest, healthy_rows, load_table
 from .loaders import atomic_path
 from .models import Detector
-from .train import TrainConfig, Trainer, checkpoint_path, own_rng, read_checkpoint
+from .train import TrainConfig, Trainer, checkpoint_path, own_rng, read_checkpoint, training_lock
 from .transforms import TransformConfig, create_preset
 from .zoo import MODEL_OPTIONS, create_model
 
@@ -131,14 +131,15 @@ def run_config(
     if not path.is_file(): raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; train one with anomdx train … --out {folder}")
     return compose(Config, read_yaml(path), origin=str(path))
 
-# %% ../nbs/49_experiment.ipynb #c595666d
+# %% ../nbs/49_experiment.ipynb #cffa7afa
 OURS = {"config.yaml", "provenance.json", "metrics.jsonl", "metrics.csv", "checkpoints", "data", ".training.lock"}  # what a run that has only begun leaves
 
 def has_begun(
     folder:Path, # run folder, which need not exist
 )->bool:
     "Is there training in this folder that must not be lost?"
-    return checkpoint_path(folder, "last").is_file() and read_checkpoint(folder)["progress"]["step"] > 0
+    at = read_checkpoint(folder)["progress"] if checkpoint_path(folder, "last").is_file() else {}
+    return bool(at) and (at["step"] > 0 or at["finished"])   # a detector without gradients finishes without a step
 
 def claim_folder(
     cfg:Config,
@@ -157,7 +158,7 @@ def claim_folder(
                               "choose another folder with --out" + (", or resume with its own options" if resume else ""))
     if not resume: raise ConfigError(f"{folder} already holds this run; go on with --resume, or choose another folder with --out")
 
-# %% ../nbs/49_experiment.ipynb #614402a4
+# %% ../nbs/49_experiment.ipynb #0ade2ff0
 def run(
     cfg:Config,
     folder:str|Path,    # run folder
@@ -166,12 +167,14 @@ def run(
     "Train what a configuration asks for; killed and resumed, it ends with the same weights"
     folder = Path(folder)
     claim_folder(cfg, folder, resume)
-    table, begun = create_table(cfg, folder), has_begun(folder)
-    if not begun:
-        shutil.rmtree(folder/"checkpoints", ignore_errors=True)   # of a start that failed
-        with atomic_path(folder/"provenance.json") as part: part.write_text(json.dumps(provenance(cfg, table), indent=1))
-    elif (was := json.loads((folder/"provenance.json").read_text())["data_digest"]) != (now := data_digest(table)):
-        raise ConfigError(f"the data of {folder} have changed since it began (digest {was}, now {now}); restore them, or start a new run")
-    with atomic_path(folder/"config.yaml") as part: part.write_text(to_yaml(cfg))
+    table = create_table(cfg, folder)
+    with training_lock(folder):   # a run that another process has just started is not ours to tidy up
+        begun = has_begun(folder)
+        if not begun:
+            shutil.rmtree(folder/"checkpoints", ignore_errors=True)   # of a start that failed
+            with atomic_path(folder/"provenance.json") as part: part.write_text(json.dumps(provenance(cfg, table), indent=1))
+        elif (was := json.loads((folder/"provenance.json").read_text())["data_digest"]) != (now := data_digest(table)):
+            raise ConfigError(f"the data of {folder} have changed since it began (digest {was}, now {now}); restore them, or start a new run")
+        with atomic_path(folder/"config.yaml") as part: part.write_text(to_yaml(cfg))
     create_trainer(cfg, folder, table).fit(resume=begun)
     return folder
