@@ -60,13 +60,13 @@ def read_yaml(
     if not isinstance(tree, dict | None): raise ConfigError(f"{path} must hold `key: value` lines, it holds a {type(tree).__name__}")
     return tree or {}
 
-# %% ../nbs/04_config.ipynb #73d1dd61
+# %% ../nbs/04_config.ipynb #07b33e76
 class _Text(str):
     "A value as it was typed in the shell"
     def read(self, kind:Any)->Any:
         "What was meant, given the type that is needed"
         quoted = len(self) > 1 and self[0] == self[-1] and self[0] in "'\""
-        if str in (kind, *typing.get_args(kind)) and not quoted:
+        if str in (kind, *typing.get_args(kind)) and typing.get_origin(kind) not in (list, tuple) and not quoted:
             optional = type(None) in typing.get_args(kind)
             if set(typing.get_args(kind)) <= {str, type(None)}: return None if optional and self in ("null", "~") else str(self)
         try: return yaml.load(self, _Loader)
