@@ -37,7 +37,7 @@ from .datasets import make_loader
 from .loaders import DataError, atomic_path, reading
 from .models import CollapseError, Detector, check_finite
 
-# %% ../nbs/40_train.ipynb #924c10a8
+# %% ../nbs/40_train.ipynb #28f784ee
 @dataclass
 class TrainConfig:
     "How long, how fast and how carefully to train"
@@ -50,6 +50,7 @@ class TrainConfig:
     grad_clip: float = 0.    # longest gradient (L2 norm); 0 = any length
     save_every: int = 0      # steps between checkpoints; 0 = one at the end of each epoch
     val_every: int = 1       # epochs between healthy validations
+    synthetic: list[str] = field(default_factory=list)  # what `planted` plants in healthy images, such as [tumour, pii]; [] = its own choice
     patience: int = 0        # validations in a row without a new best before training stops; 0 = never
     num_workers: int = 0     # processes that read images
     cpu: bool = False        # stay on the CPU even where there is a GPU

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MODELS', 'GRID', 'MODEL_OPTIONS', 'create_model', 'model_table']
 
-# %% ../nbs/29_zoo.ipynb #06c2043a
+# %% ../nbs/29_zoo.ipynb #78311aef
 from dataclasses import fields
 
 import pandas as pd
 
 from .config import ConfigError, close_match, compose, schema_of
 from .models import AE, AE_U, Detector
-from .unet import DAE
+from .unet import DAE, PlantedUNet
 
-# %% ../nbs/29_zoo.ipynb #283f84cd
-MODELS: dict[str, type[Detector]] = dict(ae=AE, ae_u=AE_U, dae=DAE)
+# %% ../nbs/29_zoo.ipynb #b6bb3b38
+MODELS: dict[str, type[Detector]] = dict(ae=AE, ae_u=AE_U, dae=DAE, planted=PlantedUNet)
 GRID = ("spatial_dims", "in_channels", "size")  # what the images decide, not the model
 MODEL_OPTIONS: dict[str, type] = {name: schema_of(model, skip=GRID) for name, model in MODELS.items()}
 
