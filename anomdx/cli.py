@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'config', 'OVERRIDES', 'PRESET', 'OUT', 'RESUME', 'RUN', 'exit_status', 'config_list', 'main', 'config_show',
-           'config_check', 'train', 'evaluate', 'summary', 'report', 'predict', 'demo']
+           'config_check', 'train', 'evaluate', 'summary', 'report', 'predict', 'bench', 'demo']
 
 # %% ../nbs/80_cli.ipynb #b2c5bffd
 import json, logging, sys, warnings
@@ -52,7 +52,7 @@ def main(
         print("anomdx:", " ".join(text.split()), file=sys.stderr)
         sys.exit(exit_status(e))
 
-# %% ../nbs/80_cli.ipynb #b05497f2
+# %% ../nbs/80_cli.ipynb #2f04fddd
 PRESET = typer.Argument(..., help="a name from `anomdx config list`, or a YAML file")
 
 @config.command("show")
@@ -63,13 +63,19 @@ def config_show(preset:str=PRESET, overrides:Optional[list[str]]=OVERRIDES)->Non
     print(to_yaml(load_config(preset, overrides or (), complete=False)), end="")
 
 @config.command("check")
-def config_check(preset:str=PRESET, overrides:Optional[list[str]]=OVERRIDES)->None:
+def config_check(
+    preset:str=PRESET, overrides:Optional[list[str]]=OVERRIDES,
+    copies:bool=typer.Option(False, "--copies", help="also read every image and look for copies across the splits"),
+)->None:
     "Check a configuration and the table it names, without training."
     from anomdx.datasets import load_table
+    from anomdx.duplicates import check_duplicates
     from anomdx.experiment import create_detector, load_config
     cfg = load_config(preset, overrides or ())
     parameters = sum(p.numel() for p in create_detector(cfg).parameters())
-    rows = f"{len(load_table(cfg.data))} scans" if cfg.data.source == "table" else f"the {cfg.data.source} cohort"
+    table = load_table(cfg.data) if cfg.data.source == "table" else None
+    if copies and table is not None: check_duplicates(table)
+    rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
     print(f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: nothing to object to")
 
 # %% ../nbs/80_cli.ipynb #85b7d920
@@ -87,7 +93,7 @@ def train(preset:str=PRESET, overrides:Optional[list[str]]=OVERRIDES, out:Option
     print(f"{folder}: {cfg.model.name} trained; threshold {threshold['value']:.4g} passes {threshold['target_specificity']:.0%} of healthy scans. "
           f"Next: anomdx evaluate {folder}, anomdx report {folder}, anomdx predict {folder} FILE --out maps")
 
-# %% ../nbs/80_cli.ipynb #f05fc6fe
+# %% ../nbs/80_cli.ipynb #6e180ca7
 RUN = typer.Argument(..., help="a run folder")
 
 @app.command()
@@ -96,11 +102,16 @@ def evaluate(
     table:Optional[Path]=typer.Option(None, help="judge these scans instead of the run's own test split"),
     where:str=typer.Option("", help="keep only these rows, such as \"finding != 'covid'\""),
     as_json:bool=typer.Option(False, "--json", help="print one JSON object"),
+    robust:bool=typer.Option(False, "--robustness", help="also spoil healthy test scans and plant lesions of six sizes in them; takes minutes"),
+    scans:int=typer.Option(40, help="with --robustness: at most so many healthy scans, one per patient"),
 )->None:
     "Detection and localisation figures with intervals, beside trivial baselines."
     from anomdx import runs
+    from anomdx.robustness import in_words
     result = runs.evaluate(run, table, where)
+    if robust: result["robustness"] = runs.evaluate_robustness(run, table, where, scans)
     print(json.dumps(result) if as_json else summary(result))
+    if robust and not as_json: print(f"{result['robustness']['n']} healthy scans, changed:", *in_words(result["robustness"]), sep="\n  ")
 
 # %% ../nbs/80_cli.ipynb #ea5793f4
 def summary(
@@ -122,17 +133,30 @@ def report(run:Path=RUN)->None:
     from anomdx.reports import report_run
     print(report_run(run))
 
-# %% ../nbs/80_cli.ipynb #655c6e91
+# %% ../nbs/80_cli.ipynb #2b4a47df
 @app.command()
 def predict(
     run:Path=RUN,
-    inputs:list[str]=typer.Argument(..., metavar="INPUT...", help="files, DICOM series folders, folders of scans, file.npz#key/index"),
+    inputs:list[str]=typer.Argument(..., metavar="INPUT...", help="files, folders of scans or DICOM series, and parts such as file.npz#key/index"),
     out:Path=typer.Option(..., "--out", metavar="DIR", help="gets scores.csv and maps/"),
+    allow:list[str]=typer.Option([], help="what may be repaired instead of refused: gap, tilt, sform, qform, unoriented; may be repeated"),
 )->None:
     "Score scans and write their anomaly maps."
     from anomdx import runs
-    table = runs.predict(run, inputs, out)
+    table = runs.predict(run, inputs, out, allow)
     print(f"{out}: {len(table)} scans, {int(table.flagged.sum())} flagged; scores.csv, maps/")
+
+# %% ../nbs/80_cli.ipynb #8eb85183
+@app.command()
+def bench(
+    name:str=typer.Argument(..., help="load or transforms"),
+    quick:bool=typer.Option(False, "--quick", help="small data, few rounds"),
+    as_json:bool=typer.Option(False, "--json", help="print one JSON object"),
+)->None:
+    "Time a job beside other libraries, in one run, as ratios."
+    from anomdx.bench import bench_text, run_bench
+    result = run_bench(name, quick)
+    print(json.dumps(result) if as_json else bench_text(result))
 
 # %% ../nbs/80_cli.ipynb #f0bba04c
 @app.command()
