@@ -30,8 +30,8 @@ test: $(BIN)/.dev  ## all that CI checks: notebooks clean and exported, their te
 	@echo "== docs site"
 	@if $(BIN)/python -c "import smalldocs" 2>/dev/null; then $(RUN) python tools/docs.py; \
 	else echo "smalldocs needs Python 3.11 or later: the site is not built here."; fi
-	@echo "== pytest"
-	@$(RUN) pytest -q -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=85 --durations=5
+	@echo "== pytest (its tests/test_notebooks.py is what nbdev_test just did)"
+	@$(RUN) pytest -q --ignore tests/test_notebooks.py -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=85 --durations=5
 
 export: $(BIN)/.dev  ## clean the notebooks, export them to anomdx/, write README.md
 	@$(RUN) nbdev_clean
