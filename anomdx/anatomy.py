@@ -19,7 +19,7 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 from .loaders import DataError
 
-# %% ../nbs/09_anatomy.ipynb #d7cbeae6
+# %% ../nbs/09_anatomy.ipynb #982c5239
 def coarsely(
     find:Callable,    # (1, *coarse) -> bool (*coarse)
     x:np.ndarray,     # (C, *S); the first channel is looked at
@@ -31,11 +31,16 @@ def coarsely(
     mask = torch.as_tensor(find(y)[None, None], dtype=torch.uint8)
     return interpolate(mask, size=x.shape[1:], mode="nearest-exact")[0, 0].numpy().astype(bool)
 
-def largest(mask:np.ndarray, count:int=1)->np.ndarray: # bool (*S)
-    "The `count` largest connected components"
+def largest(
+    mask:np.ndarray,  # bool (*S)
+    count:int=1,      # how many components are kept
+    least:float=0.,   # those smaller than this part of the largest are not
+)->np.ndarray:        # bool (*S)
+    "The largest connected components"
     names, n = ndimage.label(mask)
-    sizes = np.bincount(names.ravel())[1:]
-    return mask if n <= count else np.isin(names, 1 + np.argsort(sizes)[-count:])
+    sizes = np.bincount(names.ravel(), minlength=2)[1:]
+    best = [i for i in np.argsort(-sizes, kind="stable")[:count] if sizes[i] > least * sizes.max()]
+    return np.isin(names, np.add(best, 1)) if n else mask
 
 # %% ../nbs/09_anatomy.ipynb #5fc4a62d
 def head_mask(

@@ -229,17 +229,16 @@ def read_region(
     box = left - x0, top - y0, left - x0 + width * sx, top - y0 + height * sy
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX if whole else Image.Resampling.HAMMING, box))
 
-# %% ../nbs/02_slides.ipynb #5a03f29d
+# %% ../nbs/02_slides.ipynb #feb7eebb
 def otsu(
-    values:np.ndarray,  # uint8
-)->int:                 # values above it are the upper class
+    values:np.ndarray,  # numbers, any shape
+)->float:               # values above it are the upper class
     "The threshold with the greatest variance between the classes. Source: Otsu 1979, eq. 18"
-    n = np.array(Image.fromarray(values.reshape(1, -1)).histogram(), float) if values.size else np.zeros(256)
-    below, mass = n.cumsum(), (n * np.arange(256)).cumsum()
-    inside = (below > 0) & (below < below[-1])
-    if not inside.any(): return int(values.flat[0]) if values.size else 255   # one value, one class
-    spread = (mass[-1] * below - mass * below[-1])[inside]**2 / (below * (below[-1] - below))[inside]
-    return int(np.flatnonzero(inside)[spread.argmax()])
+    v, n = np.unique(values, return_counts=True)
+    if len(v) < 2: return float(v[0]) if len(v) else np.inf   # one value, one class
+    below, mass = n.cumsum(), (n * v.astype(float)).cumsum()
+    spread = (mass[-1] * below - mass * below[-1])[:-1]**2 / (below * (below[-1] - below))[:-1]
+    return float(v[spread.argmax()])
 
 # %% ../nbs/02_slides.ipynb #80e13cc8
 def ink(
