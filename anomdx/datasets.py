@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORGIVEN', 'SCANS', 'dicom_rows', 'folder_rows', 'read_rows', 'read_table', 'patient_strata', 'drawn',
-           'split_patients', 'split_table', 'kfold_patients', 'healthy_rows', 'scan_file', 'missing_files', 'LeakError',
-           'check_table', 'scan_files', 'file_digest', 'content_digest', 'data_digest', 'TableData', 'load_table',
-           'open_scan', 'load_row', 'PreparedScans', 'entry_name', 'stored', 'ScanDataset', 'collate', 'make_loader']
+           'split_patients', 'split_table', 'kfold_patients', 'healthy_rows', 'scan_file', 'missing_files',
+           'in_archive', 'table_files', 'LeakError', 'check_table', 'scan_files', 'file_digest', 'content_digest',
+           'data_digest', 'TableData', 'load_table', 'open_scan', 'load_row', 'PreparedScans', 'entry_name', 'stored',
+           'ScanDataset', 'collate', 'make_loader']
 
 # %% ../nbs/06_datasets.ipynb #da1c66d1
 import hashlib, logging, os, re
@@ -201,7 +202,16 @@ def missing_files(
         except OSError: listed[folder] = set()
     return [f for f in files if os.path.basename(f) not in listed[os.path.dirname(f)] and not os.path.exists(f)]
 
-# %% ../nbs/06_datasets.ipynb #94eed951
+# %% ../nbs/06_datasets.ipynb #c9d9f488
+def in_archive(table:ScanTable)->bool:
+    "Whether the rows are members of an archive that streams them"
+    return {"member", "checksum"} <= set(table)
+
+def table_files(table:ScanTable)->list[str]:
+    "Scans and masks of a table that must be there"
+    return [] if in_archive(table) else [*table.path, *table["mask"][table["mask"] != ""]]
+
+# %% ../nbs/06_datasets.ipynb #20f1938f
 class LeakError(DataError):
     "A patient is in more than one split"
 
@@ -221,7 +231,7 @@ def check_table(
     for name in ("train", "val"):
         if not len(healthy_rows(table, name)): raise DataError(f"the table has no healthy scan in split {name!r}; "
             + ("its splits are empty, use split_table()" if (table.split == "").all() else "training and thresholds need them"))
-    if lost := missing_files([*table.path, *table["mask"][table["mask"] != ""]]):
+    if lost := missing_files(table_files(table)):
         raise DataError(f"{len(lost)} files of the table do not exist: {', '.join(lost[:3])}; correct the paths or remove the rows")
     return table
 
@@ -246,7 +256,7 @@ def file_digest(path:str, size:int, changed:int)->str: # hexadecimal; `size` and
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
-# %% ../nbs/06_datasets.ipynb #e42a7c9b
+# %% ../nbs/06_datasets.ipynb #ebc50137
 def content_digest(
     path:str,  # of a row
 )->str: # hexadecimal
@@ -258,8 +268,9 @@ def data_digest(
     table:ScanTable,
 )->str: # 12 hexadecimal digits
     "A short name for the content of a table: labels, patients, splits and every pixel"
-    files = list(dict.fromkeys([*table.path, *table["mask"][table["mask"] != ""]]))
+    files = list(dict.fromkeys(table_files(table)))
     with ThreadPoolExecutor(8) as pool: content = dict(zip(files, tqdm(pool.map(content_digest, files), desc="reading the data", total=len(files), unit="scan", delay=2, leave=False, disable=None)))
+    if in_archive(table): content = dict(zip(table.path, table.checksum))   # 45 GB are not fetched to name them
     more = [table[c].astype(str) for c in ("allow", "lesion_values") if c in table]
     rows = zip(table.id, table.label.astype(str), table.patient, table.split, table.path.map(content), table["mask"].map(content).fillna(""), *more)
     return hashlib.blake2b("\n".join(map(" ".join, sorted(rows))).encode(), digest_size=6).hexdigest()
@@ -426,9 +437,9 @@ class BatchLoader(DataLoader):
             if "Original Traceback" not in str(e): raise
             raise type(e)(str(e).strip().splitlines()[-1].partition(": ")[2]) from e
 
-# %% ../nbs/06_datasets.ipynb #a4d0f34a
+# %% ../nbs/06_datasets.ipynb #5de2bed6
 def make_loader(
-    dataset:Dataset,       # a ScanDataset, or anything that gives such items
+    dataset:Dataset,       # a ScanDataset, anything that gives such items, or a stream with a `loader` of its own
     batch_size:int,
     shuffle:bool,          # False keeps the order of the table
     seed:int=0,            # of the order
@@ -439,6 +450,7 @@ def make_loader(
 )->DataLoader: # of Batches
     "The batches of one epoch from `start_batch` on"
     if batch_size < 1 or start_batch < 0: raise ValueError(f"make_loader() needs batch_size > 0 and start_batch >= 0, got {batch_size} and {start_batch}")
+    if hasattr(dataset, "loader"): return dataset.loader(batch_size, shuffle, seed, epoch, start_batch, num_workers, drop_last)   # it makes its own batches
     if hasattr(dataset, "set_epoch"): dataset.set_epoch(epoch)
     n, rng = len(dataset), np.random.Generator(np.random.PCG64([1, seed, epoch]))
     order = (rng.permutation(n) if shuffle else np.arange(n)).tolist()
