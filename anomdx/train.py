@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'rng_state', 'set_rng_state', 'own_rng', 'checkpoint_path', 'write_checkpoint', 'read_checkpoint',
            'load_state', 'load_weights', 'append_row', 'read_metrics', 'rewind', 'write_csv', 'training_lock',
-           'Progress', 'HealthyLoader', 'start_accelerator', 'Engine', 'backward', 'train_step', 'lr_factor', 'set_lr',
-           'healthy_loss', 'save', 'restore', 'begin_run', 'end_epoch', 'finish_run', 'progress_bar', 'tell_epoch',
-           'Trainer']
+           'Progress', 'epoch_size', 'HealthyLoader', 'start_accelerator', 'Engine', 'backward', 'train_step',
+           'lr_factor', 'set_lr', 'healthy_loss', 'save', 'restore', 'begin_run', 'end_epoch', 'finish_run',
+           'progress_bar', 'tell_epoch', 'train_epoch', 'Trainer']
 
-# %% ../nbs/40_train.ipynb #f7b938c0
+# %% ../nbs/40_train.ipynb #f9c586a2
 import csv
 import json
 import logging
@@ -18,7 +18,7 @@ import random
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -197,7 +197,7 @@ def training_lock(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/40_train.ipynb #25a80f48
+# %% ../nbs/40_train.ipynb #a99e3d31
 @dataclass
 class Progress:
     "Where a run stands"
@@ -206,26 +206,34 @@ class Progress:
     step: int = 0             # batches done in all
     images: int = 0           # images seen in the epoch under way
     seconds: float = 0.       # spent on them
+    waited: float = 0.        # s of those in which no batch was there yet
     sums: dict = field(default_factory=dict)  # part of the loss -> its sum over those images
     best: float = math.inf    # lowest healthy validation loss
     best_step: int = -1       # when that was
     stale: int = 0            # validations since then
     finished: bool = False    # nothing is left to do
 
-    def add(self, parts: dict[str, float], images: int, seconds: float) -> None:
+    def add(self, parts: dict[str, float], images: int, seconds: float, waited: float = 0.) -> None:
         "Count one step"
         for k, v in parts.items(): self.sums[k] = self.sums.get(k, 0.) + v * images
-        self.batch, self.step, self.images, self.seconds = self.batch + 1, self.step + 1, self.images + images, self.seconds + seconds
+        self.batch, self.step, self.images = self.batch + 1, self.step + 1, self.images + images
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
 
     def close_epoch(self) -> dict:
         "Start the next epoch; returns the row of the one that ends"
         self.epoch += 1
         row = dict(epoch=self.epoch, step=self.step) | {k: v / self.images for k, v in self.sums.items()}
-        row |= dict(seconds=round(self.seconds, 3), images_per_s=round(self.images / max(self.seconds, 1e-9), 1))
-        self.batch, self.images, self.seconds, self.sums = 0, 0, 0., {}
+        row |= dict(seconds=round(self.seconds, 3), images_per_s=round(self.images / max(self.seconds, 1e-9), 1),
+                    waited=round(self.waited / max(self.seconds, 1e-9), 3))
+        self.batch, self.images, self.seconds, self.waited, self.sums = 0, 0, 0., 0., {}
         return row
 
-# %% ../nbs/40_train.ipynb #60f72707
+# %% ../nbs/40_train.ipynb #582aba97
+def epoch_size(dataset: Dataset, epoch: int) -> int:
+    "Images of one epoch"
+    return dataset.epoch_size(epoch) if hasattr(dataset, "epoch_size") else len(dataset)
+
+# %% ../nbs/40_train.ipynb #086ff03e
 class HealthyLoader:
     "Batches on the device, in an order that only seed and epoch decide; anything not healthy is refused"
     def __init__(self,
@@ -236,7 +244,7 @@ class HealthyLoader:
         **options,            # of `make_loader`
     ): self.dataset, self.device, self.options = dataset, device, dict(batch_size=batch_size, start_batch=start_batch, **options)
 
-    def __len__(self) -> int: return -(-len(self.dataset) // self.options["batch_size"]) - self.options["start_batch"]
+    def __len__(self) -> int: return -(-epoch_size(self.dataset, self.options.get("epoch", 0)) // self.options["batch_size"]) - self.options["start_batch"]
 
     def __iter__(self) -> Iterator[dict]:
         for batch in make_loader(self.dataset, **self.options):  # made here, because it tells the dataset its epoch
@@ -460,27 +468,45 @@ def tell_epoch(
     else: logging.getLogger("anomdx.train").info("epoch %d/%d: %s, %s images/s", row["epoch"], engine.cfg.epochs,
                                                  ", ".join(f"{k} {v}" for k, v in losses.items()), row["images_per_s"])
 
-# %% ../nbs/40_train.ipynb #e5e714ae
+# %% ../nbs/40_train.ipynb #54bff801
+def train_epoch(
+    engine:Engine,      # goes on from where it stands
+    dataset:Dataset,    # training images
+    bar:tqdm,           # moves with every step
+    total_steps:int,    # of the whole run, for the learning rate
+)->None:
+    "The steps that are left of the epoch under way"
+    clock = time.perf_counter()
+    for batch in engine.batches(dataset, True, engine.at.epoch, engine.at.batch):
+        arrived = time.perf_counter()
+        set_lr(engine, total_steps)
+        parts = train_step(engine, batch["image"])
+        clock, started = time.perf_counter(), clock
+        engine.at.add(parts, len(batch["image"]), clock - started, arrived - started)
+        bar.update()
+        if engine.cfg.save_every and engine.at.step % engine.cfg.save_every == 0: save(engine, "last")
+
+# %% ../nbs/40_train.ipynb #f7b4b913
 class Trainer:
     "Fit a detector to healthy images; everything it leaves is in the run folder"
-    def __init__(self, detector: Detector, train_set: Dataset, val_set: Dataset, cfg: TrainConfig, folder: str | Path, seed: int = 0):
-        self.engine, self.train_set, self.val_set = Engine(detector, cfg, folder, seed), train_set, val_set
+    def __init__(self, detector: Detector, train_set: Dataset, val_set: Dataset, cfg: TrainConfig, folder: str | Path, seed: int = 0,
+                 after_epoch: Callable[[Engine], None] | None = None):
+        self.engine, self.train_set, self.val_set, self.after_epoch = Engine(detector, cfg, folder, seed), train_set, val_set, after_epoch
+
+    def look(self) -> None:
+        with own_rng(self.engine.seed, self.engine.device): self.after_epoch(self.engine) if self.after_epoch else None
 
     def fit(self, resume: bool = False) -> list[dict]:
         "Train, from the last checkpoint if `resume`; returns the rows of metrics.jsonl"
-        engine, cfg, at_rest = self.engine, self.engine.cfg, self.engine.batches(self.train_set)
+        engine, epochs = self.engine, self.engine.cfg.epochs
+        total = sum(len(engine.batches(self.train_set, True, e)) for e in range(epochs))
         with training_lock(engine.folder) if engine.main else nullcontext():
-            if not begin_run(engine, at_rest, resume): return read_metrics(engine.folder/"metrics.jsonl")
-            with progress_bar(engine, cfg.epochs * len(at_rest)) as bar:
+            if not begin_run(engine, engine.batches(self.train_set), resume): return read_metrics(engine.folder/"metrics.jsonl")
+            self.look()   # a kill may have come between a checkpoint and the look at it
+            with progress_bar(engine, total) as bar:
                 while not engine.done:
-                    clock = time.perf_counter()
-                    for batch in engine.batches(self.train_set, True, engine.at.epoch, engine.at.batch):
-                        set_lr(engine, cfg.epochs * len(at_rest))
-                        parts = train_step(engine, batch["image"])
-                        clock, started = time.perf_counter(), clock
-                        engine.at.add(parts, len(batch["image"]), clock - started)
-                        bar.update()
-                        if cfg.save_every and engine.at.step % cfg.save_every == 0: save(engine, "last")
+                    train_epoch(engine, self.train_set, bar, total)
                     tell_epoch(engine, bar, end_epoch(engine, engine.batches(self.val_set)))
-            finish_run(engine, at_rest)
+                    self.look()
+            finish_run(engine, engine.batches(self.train_set, epoch=max(epochs - 1, 0)))
             return read_metrics(engine.folder/"metrics.jsonl")

@@ -95,7 +95,7 @@ def assert_same_run(a, b, **tolerance):
     for which in ("best", "last"):
         one, two = read_checkpoint(a, which), read_checkpoint(b, which)
         for key in ("model", "optimizers"): torch.testing.assert_close(one[key], two[key], **tolerance)
-    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in read_metrics(f/"metrics.jsonl")] for f in (a, b)]
+    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "images_per_s", "waited")} for r in read_metrics(f/"metrics.jsonl")] for f in (a, b)]
     return rows, read_checkpoint(a)["rng"], read_checkpoint(b)["rng"]
 
 
