@@ -10,8 +10,8 @@ __all__ = ['QUIET', 'SPACES', 'LENGTHS', 'HEADER_TAGS', 'IDENTITY', 'FILE_TAGS',
            'dicom_headers', 'frame_headers', 'numbers', 'slice_place', 'slice_places', 'stack_faults',
            'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames', 'stored_frames',
            'modality_values', 'read_pixels', 'picture_geometry', 'series_geometry', 'straighten', 'read_images',
-           'read_series', 'read_dicom', 'load_scan', 'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture',
-           'write_back', 'save_map', 'save_mask']
+           'read_series', 'read_dicom', 'load_scan', 'load_picture', 'map_suffix', 'nifti_image', 'save_nrrd',
+           'save_picture', 'write_back', 'save_map', 'save_mask']
 
 # %% ../nbs/00_loaders.ipynb #4ff80d1e
 import bz2
@@ -160,19 +160,20 @@ def simplify_channels(
     if len(x) == 3 and (x[0] == x[1]).all() and (x[0] == x[2]).all(): x = x[:1]
     return x
 
-# %% ../nbs/00_loaders.ipynb #3e276911
+# %% ../nbs/00_loaders.ipynb #439b8cac
 def read_picture(
-    path:Path,  # PNG, JPEG or TIFF
+    path:Path,              # PNG, JPEG or TIFF
+    data:bytes|None=None,   # its bytes, where they are not in a file; `path` is then a name for messages
 )->tuple[np.ndarray, dict]:  # (C, H, W) raw values, and what is known about them
     "Raw values of a picture: nothing scaled, nothing windowed"
-    with reading(path, "a picture"), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as im:
+    with reading(path, "a picture"), Image.open(path if data is None else io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as im:
         modes = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16L", "I;16B", "F")
         if getattr(im, "n_frames", 1) > 1: raise LoadError(f"{path} holds {im.n_frames} pages, a picture has one; save each page to a file")
         if ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"): raise LoadError(f"{path} holds 16-bit colour, "
             "which would be cut to 8 bits; save it as 16-bit grey or 8-bit colour")
         if im.format == "TIFF" and im.tag_v2.get(262) == 0 and im.mode not in ("1", "L"): raise LoadError(
             f"{path} counts from white (WhiteIsZero) with more than 8 bits, which would be shown inverted; save it as BlackIsZero")
-        believe(path, 8 * math.prod(im.size) * len(im.getbands()), os.path.getsize(path))
+        believe(path, 8 * math.prod(im.size) * len(im.getbands()), os.path.getsize(path) if data is None else len(data))
         turned = im.getexif().get(274, 1)   # EXIF Orientation; a TIFF forgets it when its values are read
         im = ImageOps.exif_transpose(im)
         if im.mode in ("P", "PA"): im = im.convert("RGBA" if im.mode == "PA" or "transparency" in im.info else "RGB")
@@ -740,6 +741,19 @@ def load_scan(
         if modality == "ct" and meta["format"] in ("nifti", "nrrd"): meta["unit"] = "HU"
         meta |= dict(modality=modality or meta.get("modality", ""), patient=keyed_hash(patient) if patient else meta.get("patient") or keyed_hash(str(file) + entry))
         return to_scan(x, str(path), **meta)
+
+# %% ../nbs/00_loaders.ipynb #32f55223
+def load_picture(
+    data:bytes,              # of a PNG, JPEG or TIFF
+    name:str,                # what messages call it, such as images.zip#images/1.png
+    modality:str|None=None,  # as for load_scan
+    patient:str|None=None,   # whose picture; only its keyed hash is kept
+)->MetaTensor:               # Scan: float32 (C, H, W)
+    "What `load_scan(name)` gives where `data` are the bytes of that file"
+    if not name.lower().endswith(PICTURES): raise LoadError(f"{name} is {os.path.splitext(name)[1]!r}; only pictures ({', '.join(PICTURES)}) "
+        "can be read without a file: save it as a file and use load_scan()")
+    x, meta = read_picture(name, data)
+    return to_scan(x, name, **meta, modality=modality or "", patient=keyed_hash(patient or name))
 
 # %% ../nbs/00_loaders.ipynb #79f57f5a
 def map_suffix(
