@@ -437,7 +437,7 @@ class BatchLoader(DataLoader):
             if "Original Traceback" not in str(e): raise
             raise type(e)(str(e).strip().splitlines()[-1].partition(": ")[2]) from e
 
-# %% ../nbs/06_datasets.ipynb #5de2bed6
+# %% ../nbs/06_datasets.ipynb #fd753f5b
 def make_loader(
     dataset:Dataset,       # a ScanDataset, anything that gives such items, or a stream with a `loader` of its own
     batch_size:int,
@@ -450,7 +450,8 @@ def make_loader(
 )->DataLoader: # of Batches
     "The batches of one epoch from `start_batch` on"
     if batch_size < 1 or start_batch < 0: raise ValueError(f"make_loader() needs batch_size > 0 and start_batch >= 0, got {batch_size} and {start_batch}")
-    if hasattr(dataset, "loader"): return dataset.loader(batch_size, shuffle, seed, epoch, start_batch, num_workers, drop_last)   # it makes its own batches
+    if hasattr(dataset, "loader"): return dataset.loader(batch_size=batch_size, shuffle=shuffle, seed=seed, epoch=epoch, start_batch=start_batch,
+                                                         num_workers=num_workers, drop_last=drop_last)   # it makes its own batches
     if hasattr(dataset, "set_epoch"): dataset.set_epoch(epoch)
     n, rng = len(dataset), np.random.Generator(np.random.PCG64([1, seed, epoch]))
     order = (rng.permutation(n) if shuffle else np.arange(n)).tolist()
