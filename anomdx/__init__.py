@@ -2,7 +2,7 @@ __version__ = "0.1.0"
 
 # What `from anomdx import …` offers, loaded on first use: `import anomdx` itself stays light.
 _HOME = dict(load_scan="loaders", save_map="loaders", save_mask="loaders", find_series="series", load_oct="oct", open_slide="slides", load_config="experiment", create_model="zoo", create_trainer="experiment",
-             run="experiment", open_run="runs", evaluate="runs", predict="runs")
+             run="experiment", open_run="runs", evaluate="runs", predict="runs", progressive="runs", open_archive="streaming", open_nih="kaggle", nih_table="kaggle")
 __all__ = [*_HOME]
 
 

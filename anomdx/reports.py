@@ -394,7 +394,7 @@ def shown_cases(
                               batch["mask"][i].numpy() if has else None, None if a.recon is None else a.recon[i].numpy()))
     return cases
 
-# %% ../nbs/63_reports.ipynb #2fbf30d5
+# %% ../nbs/63_reports.ipynb #7197e96f
 def report_run(
     folder:str|Path, # run folder; evaluated first if it is not
 )->Path:             # its report.html
@@ -404,10 +404,12 @@ def report_run(
     if not (folder/"metrics.json").is_file(): evaluate(folder)
     run, scores, table = open_run(folder), pd.read_csv(folder/"scores.csv", dtype={"id": str, "patient": str}), run.table
     train, val = healthy_rows(table, "train"), healthy_rows(table, "val")
-    source = Path(run.cfg.data.table).parent.name if run.cfg.data.source == "table" else f"{run.cfg.data.source} cohort (made, not measured)"
+    origin, config = json.loads((folder/"provenance.json").read_text()), (folder/"config.yaml").read_text()
+    source, archive = run.cfg.data.source, origin.get("archive", {})   # what is known of an archive's labels belongs into the report
+    source = archive.get("place") or (Path(run.cfg.data.table).parent.name if source == "table" else f"{source} cohort (made, not measured)")
     trained_on = dict(detector=run.cfg.model.name, source=source, healthy_train=len(train), patients_train=train.patient.nunique(),
         healthy_val=len(val), patients_val=val.patient.nunique(), anomalous_used=int((train.label != 0).sum() + (val.label != 0).sum()))
     report = RunReport(f"{run.cfg.model.name} on {source}", trained_on, json.loads((folder/"metrics.json").read_text()),
         dict(labels=scores.label.to_numpy(), scores=scores.score.to_numpy(), patients=scores.patient.to_numpy()), shown_cases(run, scores),
-        read_metrics(folder/"metrics.jsonl"), (folder/"config.yaml").read_text(), json.loads((folder/"provenance.json").read_text()))
+        read_metrics(folder/"metrics.jsonl"), re.sub(r"(://[^\s?]+)\?\S+", r"\1?…", config), origin, [archive["contamination"]] if archive.get("contamination") else [])
     return write_report(report, folder/"report.html")
