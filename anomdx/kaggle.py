@@ -733,13 +733,16 @@ class KaggleStreamClient:
         if self.stages and len(self.archive.firsts) == 1: ids = [j for j, n in zip(ids, self.archive.index.names(ids)) if stage_of(n) in ("", *self.stages)]
         for j, data in self.archive.reader()(ids): yield self.archive.member_name(j), data
 
-# %% ../nbs/31_kaggle.ipynb #310bb5e4
+# %% ../nbs/31_kaggle.ipynb #b6ec3b8a
 class Check(NamedTuple):
     "What is known about the credentials for a service; their values are not shown"
     service: str
     found: str    # token, key, oauth or anonymous
     where: str    # the variable or the file
     status: str   # what the service says
+
+    @property
+    def good(self) -> bool: return "can be read" in self.status
 
 def answered(question: Callable[[], str]) -> str:
     try: return question()
