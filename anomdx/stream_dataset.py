@@ -7,8 +7,8 @@ __all__ = ['HEAD', 'WINDOW', 'to_levels', 'from_levels', 'cache_head', 'create_c
            'write_row', 'archive_identity', 'open_cache', 'row_shape', 'Members', 'row_levels', 'row_image',
            'in_threads', 'Pace', 'row_images', 'MemberDataset', 'check_healthy', 'epoch_order', 'Stage', 'stage_at',
            'StreamingDataset', 'epoch_rows', 'epoch_batches', 'as_batch', 'iter_batches', 'StreamLoader',
-           'stream_loader', 'stream_identity', 'stream_state', 'load_stream_state', 'StreamData', 'draw_rows',
-           'stages_of', 'stream_options', 'open_stream', 'StreamingNIHDataset']
+           'stream_loader', 'replaced', 'stream_identity', 'stream_state', 'load_stream_state', 'StreamData',
+           'draw_rows', 'stages_of', 'stream_options', 'open_stream', 'StreamingNIHDataset']
 
 # %% ../nbs/32_stream_dataset.ipynb #ef0060d9
 import copy, errno, gc, json, logging, math, os, re, weakref, zlib
@@ -280,7 +280,7 @@ def stage_at(stages:Sequence[Stage], epoch:int)->Stage:
     ends = np.cumsum([s.epochs for s in stages])
     return stages[min(int(np.searchsorted(ends, epoch, side="right")), len(stages) - 1)]
 
-# %% ../nbs/32_stream_dataset.ipynb #7f021329
+# %% ../nbs/32_stream_dataset.ipynb #986ecbf1
 class StreamingDataset(IterableDataset):
     "Whole batches of an epoch, read in advance; give it to a DataLoader by `loader()`, or with batch_size=None"
     def __init__(self,
@@ -303,6 +303,7 @@ class StreamingDataset(IterableDataset):
     def stage(self, epoch:int)->Stage: return stage_at(self.stages, epoch)
     def rows_of(self, epoch:int)->np.ndarray: return epoch_rows(self, epoch)
     def epoch_size(self, epoch:int)->int: return len(self.rows_of(epoch))   # pictures
+    def shard(self, rank:int, world:int)->"StreamingDataset": return replaced(self, rank=rank, world=world)   # for one of `world` processes
     def __len__(self)->int: return len(epoch_batches(self))   # batches left in this epoch
     def __iter__(self)->Iterator[dict]: return iter_batches(self)
     def loader(self, **options:Any)->"StreamLoader": return stream_loader(self, **options)
@@ -378,7 +379,7 @@ class StreamLoader(DataLoader):
 
     def state_dict(self)->dict: return self.dataset.state_dict() | dict(batch=self.dataset.start_batch + self.taken)
 
-# %% ../nbs/32_stream_dataset.ipynb #7f3981ab
+# %% ../nbs/32_stream_dataset.ipynb #87ca46a9
 def stream_loader(
     stream:StreamingDataset,
     batch_size:int|None=None, drop_last:bool|None=None, shuffle:bool|None=None, seed:int|None=None,  # None: the stream's
@@ -386,10 +387,13 @@ def stream_loader(
     num_workers:int=0, context:str|None=None,  # as for StreamLoader
 )->StreamLoader: # len() is the number of batches left
     "The batches of one epoch from `start_batch` on; the stream itself stays where it is"
-    view = copy.copy(stream)
     given = dict(batch_size=batch_size, shuffle=shuffle, seed=seed, epoch=epoch, start_batch=start_batch, drop_last=drop_last)
-    vars(view).update({k: v for k, v in given.items() if v is not None})
-    return StreamLoader(view, num_workers, context)
+    return StreamLoader(replaced(stream, **{k: v for k, v in given.items() if v is not None}), num_workers, context)
+
+def replaced(stream:StreamingDataset, **changes:Any)->StreamingDataset:
+    view = copy.copy(stream)
+    vars(view).update(changes)
+    return view
 
 # %% ../nbs/32_stream_dataset.ipynb #2b93eb75
 def stream_identity(stream:StreamingDataset)->str:

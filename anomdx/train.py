@@ -277,12 +277,12 @@ def start_accelerator(
         raise ValueError("train.precision=fp16 needs a GPU, and this run is on the CPU; use bf16 or no")
     return accelerator
 
-# %% ../nbs/40_train.ipynb #d2921250
+# %% ../nbs/40_train.ipynb #8a41a558
 class Engine:
     "A detector, its optimisers and the hardware they train on"
     def __init__(self, detector: Detector, cfg: TrainConfig, folder: str | Path, seed: int = 0):
         self.accelerator, self.cfg, self.folder, self.seed, self.at = start_accelerator(cfg), cfg, Path(folder), seed, Progress()
-        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.device, self.main, self.shared = self.accelerator.device, self.accelerator.is_main_process, False
         self.detector = detector.to(self.device)
         self.optimizers = [self.accelerator.prepare(o) for o in detector.configure_optimizers(cfg)]
         for group in (g for o in self.optimizers for g in o.param_groups): group.setdefault("initial_lr", group["lr"])   # the peak
@@ -293,14 +293,18 @@ class Engine:
         return not self.optimizers or self.at.epoch >= self.cfg.epochs or 0 < self.cfg.patience <= self.at.stale
 
     def batches(self, dataset: Dataset, shuffle: bool = False, epoch: int = 0, start: int = 0) -> HealthyLoader:
-        "The batches of one epoch, from batch `start` on"
-        return HealthyLoader(dataset, self.device, batch_size=self.cfg.batch_size, shuffle=shuffle, seed=self.seed, epoch=epoch,
-                             start_batch=start, num_workers=self.cfg.num_workers)
+        "The batches of one epoch, from batch `start` on; of a stream only this process's share of them"
+        rank, n, size = self.accelerator.process_index, self.accelerator.num_processes, self.cfg.batch_size
+        self.shared = n > 1 and hasattr(dataset, "shard")
+        if self.shared and size % n: raise ValueError(f"train.batch_size={size} cannot be shared by {n} processes that stream; choose {max(size // n, 1) * n}")
+        dataset, size = (dataset.shard(rank, n), size // n) if self.shared else (dataset, size)
+        return HealthyLoader(dataset, self.device, batch_size=size, shuffle=shuffle, seed=self.seed, epoch=epoch, start_batch=start,
+                             num_workers=self.cfg.num_workers)
 
     def share(self, x: Tensor) -> Tensor:
         "The part of a batch (B, C, *S) that this process takes; never empty"
         rank, n = self.accelerator.process_index, self.accelerator.num_processes
-        return x if n == 1 else x[torch.arange(rank, max(len(x), n), n) % len(x)]
+        return x if n == 1 or self.shared else x[torch.arange(rank, max(len(x), n), n) % len(x)]
 
 # %% ../nbs/40_train.ipynb #25ad516c
 def backward(

@@ -1,4 +1,5 @@
 """A training run that is killed at random moments, and one that is spread over two processes, end like one that was left alone"""
+import io
 import multiprocessing
 import os
 import random
@@ -7,11 +8,14 @@ import socket
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -19,6 +23,8 @@ from tqdm import tqdm
 from anomdx.cohorts import phantom
 from anomdx.datasets import ScanDataset, healthy_rows, read_table
 from anomdx.models import Detector
+from anomdx.stream_dataset import StreamingDataset
+from anomdx.streaming import open_archive
 from anomdx.train import TrainConfig, Trainer, read_checkpoint, read_metrics
 from anomdx.transforms import create_preset
 
@@ -45,8 +51,14 @@ class Noisy(Plain):
 def train(kind, data, folder, ready=None, **cfg):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())   # its own lock is a semaphore, which a killed process leaves behind
-    table, preset = read_table(data), create_preset("chest_xray", size=32)
-    train_set, val_set = (ScanDataset(healthy_rows(table, split), preset, augment=split == "train") for split in ("train", "val"))
+    preset = create_preset("chest_xray", size=32)
+    if data.suffix == ".zip":   # a stream
+        archive = open_archive(data)
+        rows = [pd.DataFrame(dict(member=ids, checksum="", mask="", label=0, id=list(map(archive.member_name, ids)), patient=list(map(str, ids)))) for ids in (range(40), range(40, 56))]
+        train_set, val_set = (StreamingDataset(r, archive, preset, augment=k == 0) for k, r in enumerate(rows))
+    else:
+        table = read_table(data)
+        train_set, val_set = (ScanDataset(healthy_rows(table, split), preset, augment=split == "train") for split in ("train", "val"))
     torch.manual_seed(0)
     trainer = Trainer(kind(size=32), train_set, val_set, TrainConfig(batch_size=4, cpu=True, **cfg), folder, seed=1)
     if ready: ready.send(True)
@@ -129,7 +141,19 @@ def test_killed_run_ends_with_the_same_weights(data, processes, tmp_path):
     assert not list(killed.glob("checkpoints/*/.*"))   # nothing half-written is left
 
 
-def test_two_processes_train_like_one(data, processes, tmp_path):
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")/"pictures.zip"
+    with zipfile.ZipFile(path, "w") as z:
+        for i in range(56):
+            Image.fromarray((phantom(i, size=32)[0][0] * 255).astype(np.uint8)).save(file := io.BytesIO(), "png")
+            z.writestr(f"{i:03d}.png", file.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["files", "stream"])
+def test_two_processes_train_like_one(data, pictures, kind, processes, tmp_path):
+    data = data if kind == "files" else pictures
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
