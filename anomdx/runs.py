@@ -257,7 +257,7 @@ def map_path(path:str, folder:Path, id:str, like:MetaTensor)->Path: # beside map
     name = folder/(file.name.split(".")[0] + re.sub(r"[^\w.]+", "_", part) + map_suffix(like))
     return name if not name.exists() else name.with_name(f"{id}_{name.name}")
 
-# %% ../nbs/54_runs.ipynb #8d9b53f2
+# %% ../nbs/54_runs.ipynb #2ff77a6d
 def stage_figures(
     cfg:Config,
 )->Callable[[np.ndarray, np.ndarray, np.ndarray], dict]: # (labels, scores, patients) -> auroc, its interval, ap
@@ -279,7 +279,8 @@ def progressive(
     folders = {name: Path(folder)/name for name in models}
     if lost := [name for name, cfg in configs.items() if not getattr(cfg.data, "stages", [])]: raise ConfigError(
         f"progressive() trains on stages, and the data of {preset} for {lost[0]} have none; set data.stages=[images_001, …]")
+    tell = tell or LiveTable(folders)
     for name, cfg in configs.items():
-        opened = open_run(run(cfg, folders[name], resume=True, judge=stage_figures(cfg), tell=tell or LiveTable(folders)))
+        opened = open_run(run(cfg, folders[name], resume=True, judge=stage_figures(cfg), tell=tell))
         if opened.threshold is None: calibrate(opened)
     return stage_table(folders)

@@ -207,12 +207,12 @@ def in_threads(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/32_stream_dataset.ipynb #46ecec4e
+# %% ../nbs/32_stream_dataset.ipynb #de44dcf5
 @dataclass
 class Pace:
     "How much of the machine and of the network a stream may use, all workers together"
     conns: int|None = None    # requests at the same time; None: what the source recommends
-    budget_mb: float = 128.   # memory for members on their way, MB
+    budget_mb: float = 64.    # memory for members on their way, MB; where PNGs are decoded, a few dozen are enough
     decode_threads: int = 2   # threads that decode, where there are no workers
 
 def row_images(
@@ -418,7 +418,7 @@ def load_stream_state(stream:StreamingDataset, state:dict)->None:
         f"{stream.members.archive.name} has changed, or the table, the preset or the stages have; restore them, or start a new run")
     stream.seed, stream.epoch, stream.start_batch = state["seed"], state["epoch"], state["batch"]
 
-# %% ../nbs/32_stream_dataset.ipynb #c374b94a
+# %% ../nbs/32_stream_dataset.ipynb #fc5f40f9
 @dataclass
 class StreamData:
     "Options of data.source=kaggle, hf, an address or a file"
@@ -431,7 +431,7 @@ class StreamData:
     seed: int = 0              # of the draw, and of the split of the training patients
     val: float = .15           # share of the training patients for validation
     conns: int = 48            # requests at the same time
-    budget_mb: int = 128       # memory for pictures on their way, all workers together
+    budget_mb: int = 64        # memory for pictures on their way, all workers together
     cache: str = ""            # folder for what is decoded and for the directories of the archives; "" = none, each epoch is streamed anew
     cache_gb: float = 8.       # disk for what is decoded; 112,120 pictures of 256 × 256 need 7.4
 
