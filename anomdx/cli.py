@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'config', 'OVERRIDES', 'PRESET', 'OUT', 'RESUME', 'COMPARE', 'RUN', 'DEMOS', 'exit_status', 'config_list',
-           'main', 'config_show', 'tell_credentials', 'config_check', 'train', 'evaluate', 'summary', 'report',
-           'predict', 'bench', 'demo']
+           'main', 'config_show', 'tell_credentials', 'config_check', 'checked', 'train', 'evaluate', 'summary',
+           'report', 'predict', 'bench', 'demo']
 
 # %% ../nbs/80_cli.ipynb #b2c5bffd
 import json, logging, sys, warnings
@@ -53,7 +53,7 @@ def main(
         print("anomdx:", " ".join(text.split()), file=sys.stderr)
         sys.exit(exit_status(e))
 
-# %% ../nbs/80_cli.ipynb #33e8915b
+# %% ../nbs/80_cli.ipynb #415c18ba
 PRESET = typer.Argument(..., help="a name from `anomdx config list`, or a YAML file")
 
 @config.command("show")
@@ -63,8 +63,9 @@ def config_show(preset:str=PRESET, overrides:Optional[list[str]]=OVERRIDES)->Non
     from anomdx.experiment import load_config
     print(to_yaml(load_config(preset, overrides or (), complete=False)), end="")
 
+# %% ../nbs/80_cli.ipynb #5824a1e7
 def tell_credentials()->None:
-    "Which credentials there are, each tried with one request; raises if one is refused"
+    "Which credentials there are, each tried with one request; raises if a service cannot be read from"
     from anomdx.kaggle import check_credentials
     from anomdx.loaders import DataError
     checks = check_credentials()
@@ -79,18 +80,26 @@ def config_check(
 )->None:
     "Check a configuration and the table or the archive it names, without training."
     if credentials: tell_credentials()
-    if credentials and preset is None: return
-    if preset is None: raise ConfigError("config check needs a preset or a YAML file, such as chest_xray, or --credentials")
+    if preset: print(checked(preset, overrides or (), copies))
+    elif not credentials: raise ConfigError("config check needs a preset or a YAML file, such as chest_xray, or --credentials")
+
+# %% ../nbs/80_cli.ipynb #9dbfa37a
+def checked(
+    preset:str, overrides:list[str],  # as for `load_config`
+    copies:bool,                      # look for copies across the splits, too
+)->str:
+    "What a configuration would train on what; raises if it would not"
     from anomdx.datasets import in_archive
     from anomdx.duplicates import check_duplicates
     from anomdx.experiment import create_detector, create_table, load_config
-    cfg = load_config(preset, overrides or ())
+    cfg = load_config(preset, overrides)
     parameters = sum(p.numel() for p in create_detector(cfg).parameters())
     table = create_table(cfg, ".") if cfg.data.source != "atlas" else None
-    if copies and table is not None and in_archive(table): raise ConfigError("--copies reads every image, and these lie in an archive far away; download it first")
+    if copies and table is not None and in_archive(table): raise ConfigError("--copies reads every image, and these lie in an archive; give it a table of files")
     if copies and table is not None: check_duplicates(table)
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
-    print(f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: nothing to object to")
+    odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unlisted") and n]
+    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + ', '.join(odd) if odd else 'nothing to object to'}"
 
 # %% ../nbs/80_cli.ipynb #8eb981f5
 OUT = typer.Option(None, "--out", metavar="DIR", help="run folder; default runs/PRESET")
