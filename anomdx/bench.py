@@ -8,8 +8,9 @@ __all__ = ['BENCHES', 'made_body', 'real_body', 'write_ct', 'compress', 'load_an
            'bench_load', 'made_image', 'monai_steps', 'torchio_steps', 'prepare_images', 'same_image', 'transform_jobs',
            'bench_transforms', 'run_bench']
 
-# %% ../nbs/79_bench.ipynb #0535179f
+# %% ../nbs/79_bench.ipynb #83b24c6f
 import hashlib
+import importlib.util
 import re
 import tempfile
 from collections.abc import Callable

@@ -350,7 +350,7 @@ def training_rows(
         requirement("memory of a whole training, MB", "<=", 450, b.get("peak")), requirement("waiting for the loader, % of step time", "<=", 5, 100 * b["waited"] if b else None),
         requirement("epoch 2 from the cache, × epoch 1", ">=", 5, c["second"] / c["first"] if c else None)], notes
 
-# %% ../nbs/78_bench_stream.ipynb #663ef20a
+# %% ../nbs/78_bench_stream.ipynb #b8284d27
 def bench_stream(
     quick:bool=False,      # 150 MB instead of 1.2 GB, fewer pictures, one round, a smaller detector
     repeats:int|None=None, # rounds of the comparisons; None: 3, quick 1
@@ -366,7 +366,7 @@ def bench_stream(
         rows = reading_rows(path, server.url("nih.zip"), size, progress)
         more, bounds = bounded_rows(server, size, progress)
         training, asked, notes = training_rows(server, size, progress)
-    notes = [f"{path.stat().st_size / 1e9:.2f} GB on disk, {files['far.zip'].size / 1e9:.1f} GB that are only served; 40 ms a request, {CONNS} connections;"
-             " the first table's seconds are for 1,000 pictures", *notes]
+    notes = [f"{path.stat().st_size / 1e9:.2f} GB on disk, {files['far.zip'].size / 1e9:.1f} GB that are only served; 40 ms a request, {CONNS} connections,"
+             f" so nobody can read more than {CONNS / .04:,.0f} pictures a second one by one; the first table's seconds are for 1,000 pictures", *notes]
     return dict(name="stream", rows=[*rows, *more, *training], requirements=[*reading_requirements(rows), *bounds, *asked], notes=notes,
                 machine=machine(["anomdx", "torch", "remotezip", "fsspec", "aiohttp", "Pillow"]))

@@ -175,7 +175,7 @@ def predict(
     table = runs.predict(run, inputs, out, allow)
     print(f"{out}: {len(table)} scans, {int(table.flagged.sum())} flagged; scores.csv, maps/")
 
-# %% ../nbs/80_cli.ipynb #26aaa7ab
+# %% ../nbs/80_cli.ipynb #5ff6d5c1
 @app.command()
 def bench(
     name:str=typer.Argument(..., help="load, transforms or stream"),
@@ -184,7 +184,7 @@ def bench(
 )->None:
     "Time a job beside other libraries, in one run, as ratios."
     from anomdx.bench import bench_text, run_bench
-    result = run_bench(name, quick)
+    result = run_bench(name, quick, progress=True)
     print(json.dumps(result) if as_json else bench_text(result))
 
 # %% ../nbs/80_cli.ipynb #2990a1ba

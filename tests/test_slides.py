@@ -159,7 +159,7 @@ def test_stopping_early_leaves_no_thread(spelled):
     slide = open_slide(spelled)
     for _, x in iter_patches(slide, patch_grid(slide, .5, 64, 0, 0), 4, 4): break
     import gc; gc.collect()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before   # threads of earlier tests may end meanwhile
 
 
 class Rows(torch.utils.data.Dataset):
