@@ -65,9 +65,12 @@ def load_config(
         if value and not re.match(kept, value): setattr(cfg.data, key, str(Path(value).expanduser().absolute()))
     return cfg
 
-# %% ../nbs/49_experiment.ipynb #89662ca9
+# %% ../nbs/49_experiment.ipynb #4941e032
 @lru_cache(maxsize=2)
 def _opened(source:str, cache:str, conns:int)->NIH: return open_nih(source, cache=cache or None, conns=conns)
+
+@lru_cache(maxsize=2)
+def _labelled(seed:int, val:float, *place:Any)->ScanTable: return nih_table(_opened(*place), seed, val)
 
 def stream_source(
     data:StreamData, # the section `data` of a configuration
@@ -79,7 +82,7 @@ def stream_table(
     data:StreamData,
 )->ScanTable:
     "The rows of an archive that a configuration asks for, in the same order wherever the archive is"
-    table = nih_table(stream_source(data), data.seed, data.val)
+    table = _labelled(data.seed, data.val, data.source, data.cache, data.conns)
     rows = draw_rows(table, data).sort_values("id", ignore_index=True)
     rows.attrs = table.attrs   # what is missing, double or doubtful
     return check_table(rows)
