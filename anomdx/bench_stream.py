@@ -78,11 +78,11 @@ def by_fsspec(where:str, count:int)->Iterator[bytes]:
         inside = fsspec.filesystem("zip", fo=file)
         yield from map(inside.cat_file, drawn(inside.find(""), count))
 
-# %% ../nbs/78_bench_stream.ipynb #740f8165
+# %% ../nbs/78_bench_stream.ipynb #c5df661c
 def by_anomdx(where:str, count:int)->Iterator[bytes]:
     with open_archive(where, conns=CONNS) as archive:
         ids = archive.select(".png")
-        places = {archive.member_name(j): j for j in ids.tolist()}
+        places = dict(zip(archive.index.names(ids), ids.tolist()))
         for _, data in archive.reader()([places[name] for name in drawn(list(places), count)]): yield data
 
 def block_order(archive:Any, count:int)->tuple[np.ndarray, int]: # ids; how many to have under way
