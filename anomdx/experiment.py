@@ -51,7 +51,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-# %% ../nbs/49_experiment.ipynb #84726dd8
+# %% ../nbs/49_experiment.ipynb #79d6c8d2
 def load_config(
     preset:str|Path,             # a name of `preset_names()` or a YAML file
     overrides:list[str]|tuple=(),# 'section.key=value', the last one wins
@@ -63,6 +63,8 @@ def load_config(
     for key, kept in (("table", r"\?"), ("cache", "memory$|off$"), ("source", r"\w+$|\w+://")):
         value = str(getattr(cfg.data, key, ""))
         if value and not re.match(kept, value): setattr(cfg.data, key, str(Path(value).expanduser().absolute()))
+    if re.search(r"://[^/]*@|[?&][^=]*(sig|signature|token|key|secret|credential)=", str(cfg.data.source), re.I): raise ConfigError("data.source is an address with a "
+        "password or a signature, which would be kept in the run's config.yaml; use kaggle, hf or a plain address, or StreamingDataset with open_nih(Link(…))")
     return cfg
 
 # %% ../nbs/49_experiment.ipynb #4941e032
