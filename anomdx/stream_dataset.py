@@ -328,13 +328,13 @@ def epoch_batches(stream:StreamingDataset)->list[np.ndarray]:
     if size < 1 or stream.start_batch < 0: raise ValueError(f"a stream needs batch_size > 0 and start_batch >= 0, got {size} and {stream.start_batch}")
     return [rows[i:i + size] for i in range(stream.start_batch * size, len(rows) - size + 1 if stream.drop_last else len(rows), size)]
 
-# %% ../nbs/32_stream_dataset.ipynb #141085c9
+# %% ../nbs/32_stream_dataset.ipynb #30c45e28
 def as_batch(
     members:Members,
     rows:np.ndarray,              # (B,)
     images:list[torch.Tensor],    # (C, *S) each
 )->dict: # Batch
-    "Images with what the table says of them; the masks are zeros that share one number's memory"
+    "Images with what the table says of them; the masks are zeros that share one number's memory, so they cannot be written to"
     x = torch.stack(images)
     return {"image": x, "label": torch.from_numpy(members.label[rows]), "mask": torch.zeros(1).expand(len(x), 1, *x.shape[2:]),
             "has_mask": torch.zeros(len(x), dtype=torch.bool), "id": members.id[rows].tolist(), "patient": members.patient[rows].tolist()}
@@ -348,7 +348,7 @@ def iter_batches(stream:StreamingDataset)->Iterator[dict]:
     with closing(row_images(stream.members, np.concatenate(batches), stream.pace, stream.batch_size, draw)) as images:
         for rows in batches: yield as_batch(stream.members, rows, [next(images) for _ in rows])
 
-# %% ../nbs/32_stream_dataset.ipynb #569de970
+# %% ../nbs/32_stream_dataset.ipynb #76272d6d
 class StreamLoader(DataLoader):
     "The batches left in one epoch of a stream, and how many have been taken"
     def __init__(self,
@@ -371,7 +371,7 @@ class StreamLoader(DataLoader):
         try:
             for batch in self.start():
                 self.taken += 1
-                yield batch | {"mask": torch.zeros(batch["mask"].shape)}   # one's own, yet no memory until it is written
+                yield batch
         except (DataError, StreamError) as e:
             clear_frames(e.__traceback__)   # a notebook keeps the traceback, and with it the workers
             if "Original Traceback" not in str(e): raise
