@@ -23,7 +23,7 @@ from monai.data import ImageReader, MetaTensor
 from pydicom.datadict import tag_for_keyword
 from pydicom.uid import UID
 from tqdm import tqdm
-from .loaders import HEADER_TAGS, MODALITIES, QUIET, LoadError, keyed_hash, load_scan, read_series, reading, series_findings, series_geometry, series_groups, to_scan
+from .loaders import HEADER_TAGS, MODALITIES, NUMBERS, QUIET, WHOLE, LoadError, header_findings, keyed_hash, load_scan, read_header, read_series, reading, series_findings, series_geometry, series_groups, to_scan
 
 # %% ../nbs/05_series.ipynb #2417bf8d
 def list_files(
@@ -45,7 +45,7 @@ def list_files(
 
 # %% ../nbs/05_series.ipynb #8384fd7d
 HEAD = 1 << 15   # bytes; most headers are shorter
-TAGS = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, "SOPInstanceUID", "BitsAllocated")})
+TAGS = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, *NUMBERS, *WHOLE, "SequenceOfUltrasoundRegions", "SOPInstanceUID")})
 
 def parse_header(
     path:Path,   # any file
@@ -54,19 +54,19 @@ def parse_header(
     "The header from `head`, or from the whole file where `head` is too short for it"
     bare = head[128:132] != b"DICM"
     if bare and (head[:1] not in (b"\2", b"\10") or head[1:2] + head[3:4] != b"\0\0"): return None, 0   # old files begin with group 2 or 8
-    def parse(f): return pydicom.dcmread(f, stop_before_pixels=True, specific_tags=TAGS, force=bare), f.tell()
-    size, end = len(head) if len(head) < HEAD else os.path.getsize(path), HEAD
-    try: d, end = parse(BytesIO(head))
+    size, d = len(head) if len(head) < HEAD else os.path.getsize(path), None
+    try: d = read_header(BytesIO(head), path, size, TAGS, bare)
     except Exception:
         if size < HEAD: raise
-    if end >= HEAD:
-        with open(path, "rb") as f: d, end = parse(f)
-    if end > size: raise EOFError("the header goes on after the end of the file")
-    syntax, kept = UID(d.file_meta.get("TransferSyntaxUID") or "1.2.840.10008.1.2"), pydicom.Dataset(d)   # lets go of the bytes
+    if d is None or d.behind >= HEAD:
+        with open(path, "rb") as f: d = read_header(f, path, size, TAGS, bare)
+    if d.behind > size: raise EOFError("the header goes on after the end of the file")
+    syntax, kept = UID(d.file_meta.TransferSyntaxUID), pydicom.Dataset(d)   # lets go of the bytes
     for _ in kept: pass   # decodes
     kept.SOPClassUID = kept.get("SOPClassUID") or d.file_meta.get("MediaStorageSOPClassUID")   # a DICOMDIR says it only there
+    kept.file_meta, kept.pixels, kept.behind, kept.size, kept.unreadable = d.file_meta, d.pixels, d.behind, size, d.unreadable
     packed = syntax.is_transfer_syntax and (syntax.is_compressed or syntax.is_deflated)
-    return kept, float("inf") if packed and (end < size or syntax.is_deflated) else size - end
+    return kept, float("inf") if packed and (d.behind < size or syntax.is_deflated) else size - d.behind
 
 # %% ../nbs/05_series.ipynb #c0df8e81
 RESULTS = ("Segmentation", "RT Dose", "Parametric Map", "Whole Slide")   # images, but not scans of a patient
@@ -114,7 +114,7 @@ def same_image(a:Path, b:Path)->bool:
     try:
         with reading(b, "a DICOM file"):
             x, y = pydicom.dcmread(a), pydicom.dcmread(b)
-            return all(x.get(name) == y.get(name) for name in (*HEADER_TAGS, "PixelData"))
+            return all(x.get(name) == y.get(name) for name in (*HEADER_TAGS, *NUMBERS, *WHOLE, "PixelData"))
     except LoadError: return False
 
 # %% ../nbs/05_series.ipynb #359a64d7
@@ -137,7 +137,7 @@ class Series(NamedTuple):
     study: str                   # keyed hash of the StudyInstanceUID: one visit
     modality: str                # 'CT', 'MR', …
     shape: tuple[int, ...]       # as `load_scan` returns it, without the channels; of the files when they must be resampled
-    spacing: tuple[float, ...]   # mm per axis; () when it is refused or must be resampled
+    spacing: tuple[float, ...]   # mm per axis, nan where it is not known; () when it is refused or must be resampled
     files: list[Path]            # every file
     findings: list[str]          # why it is refused; empty when it is one regular volume, or one picture
     parts: int = 1               # into how many its SeriesInstanceUID falls: 3 or more for a localizer
@@ -152,9 +152,10 @@ def describe_series(
     d, hashed, geometry = images[0][1], lambda name: keyed_hash(str(d.get(name))) if d.get(name) else "", {}
     try:
         with reading(path, "a series"):
-            findings = series_findings(images, allow)
+            findings = header_findings(images) or series_findings(images, allow)
             if findings == series_findings(images) == []: geometry = series_geometry(images)
-            if not all(1e-7 < v < 1e6 for v in geometry.get("spacing", ())): findings, geometry = ["its voxel size is zero or no number"], {}
+            known = [v for v in geometry.get("spacing", ()) if geometry["oriented"] or v == v]   # a picture may not know its own
+            if not all(1e-7 < v < 1e6 for v in known): findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
     n = sum(int(h.get("NumberOfFrames") or 1) for _, h in images)
     shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), d.get("Modality")
@@ -246,7 +247,7 @@ class SeriesList(list):
     def __repr__(self)->str:
         rows = [("path", "modality", "shape", "mm", "files", "part of", "refused for")]
         for s in self[:40]: rows.append((os.path.relpath(s.path, self.folder), s.modality, " x ".join(map(str, s.shape)),
-            " x ".join(f"{v:.3g}" for v in s.spacing), str(len(s.files)), str(s.parts), "; ".join(s.findings)))
+            " x ".join("?" if v != v else f"{v:.3g}" for v in s.spacing), str(len(s.files)), str(s.parts), "; ".join(s.findings)))
         width = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(v.ljust(w) for v, w in zip(row, width)).rstrip() for row in rows]
         if len(self) > 40: lines.append(f"... and {len(self) - 40} more")
