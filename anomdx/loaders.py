@@ -9,11 +9,11 @@ __all__ = ['QUIET', 'SPACES', 'LENGTHS', 'HEADER_TAGS', 'IDENTITY', 'VOLUME_TAGS
            'npz_headers', 'npz_images', 'npz_array', 'read_npz', 'nifti_geometry', 'believe_nifti', 'read_nifti',
            'nrrd_geometry', 'nrrd_values', 'read_nrrd', 'dicom_header', 'dicom_headers', 'image_digest', 'same_image',
            'leave_out_copies', 'frame_headers', 'frame_count', 'numbers', 'slice_place', 'slice_places',
-           'place_tolerance', 'stack_faults', 'Part', 'slices', 'shared_file', 'series_faults', 'series_findings',
-           'series_groups', 'identity_findings', 'coded_size', 'decoded_frames', 'stored_frames', 'modality_values',
-           'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry', 'straighten', 'first_value', 'what_helps',
-           'read_images', 'read_series', 'read_dicom', 'load_scan', 'load_picture', 'map_suffix', 'nifti_image',
-           'save_nrrd', 'save_picture', 'write_back', 'save_map', 'save_mask']
+           'place_tolerance', 'stack_faults', 'Part', 'slice_headers', 'shared_file', 'whole_file', 'series_faults',
+           'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames', 'stored_frames',
+           'modality_values', 'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry', 'straighten',
+           'first_value', 'what_helps', 'read_images', 'read_series', 'read_dicom', 'load_scan', 'load_picture',
+           'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture', 'write_back', 'save_map', 'save_mask']
 
 # %% ../nbs/00_loaders.ipynb #4ff80d1e
 import bz2
@@ -548,7 +548,7 @@ class Part(list):
         super().__init__(headers)
         self.note, self.faults, self.words = note, faults or {}, words
 
-def slices(
+def slice_headers(
     headers:list[tuple[Path, Dataset]],  # files, or a `Part`
 )->list[tuple[Path, Dataset]]:           # the file and the header of each slice
     "The slices of these files that count"
@@ -561,6 +561,12 @@ def shared_file(d:Dataset, chosen:dict[int, Dataset])->Dataset:
     d.chosen = chosen
     return d
 
+def whole_file(d:Dataset)->Dataset:
+    "The header of a file with all its frames"
+    d = copy.copy(d)
+    d.__dict__.pop("chosen", None)
+    return d
+
 # %% ../nbs/00_loaders.ipynb #ea412577
 def series_faults(
     headers:list[tuple[Path, Dataset]],  # of one picture, one file of many frames, or the slices of a series; a `Part` knows its siblings too
@@ -571,7 +577,7 @@ def series_faults(
         if name == "SeriesInstanceUID" and isinstance(headers, Part): continue   # `series_groups` says what one series is
         if len(n := different(name)) > 1: return {what: f"{len(n)} {what} are mixed ({', '.join(map(str, n.values()))} files)"}
     if any("MOSAIC" in (d.get("ImageType") or ()) for _, d in headers): return dict(mosaic="it is a mosaic: many slices in one picture")
-    files = [slices([h]) for h in headers]
+    files = [slice_headers([h]) for h in headers]
     if not all(files): return dict(film="its frames have no place of their own (a film?)")
     frames = [f for own in files for f in own]
     places = [slice_place(h) for _, h in frames]
@@ -1004,8 +1010,8 @@ def read_pixels(
     order:np.ndarray,                    # (N,) from `slice_places`
 )->np.ndarray:  # (N, H, W, C) float32, modality units, in that order
     "The pixels of a series, in the patient's order"
-    rank, counts = np.argsort(order), [len(slices([h])) for h in headers]
-    d = slices(headers[:1])[0][1]
+    rank, counts = np.argsort(order), [len(slice_headers([h])) for h in headers]
+    d = slice_headers(headers[:1])[0][1]
     shape = (len(rank), d.Rows, d.Columns, 3 if d.PhotometricInterpretation == "PALETTE COLOR" else int(d.get("SamplesPerPixel") or 1))
     believe(headers[0][0], math.prod(shape) * (4 + d.BitsAllocated // 8), sum(d.size for _, d in headers))
     x = np.empty(shape, np.float32)
@@ -1014,7 +1020,7 @@ def read_pixels(
         with reading(p, "a DICOM image"):
             chosen = getattr(d, "chosen", None)
             frames = stored_frames(p, d) if chosen is None else (x for k, x in enumerate(stored_frames(p, d)) if k in chosen)
-            for i, ((_, h), stored) in enumerate(zip(slices([(p, d)]), frames, strict=True), first):
+            for i, ((_, h), stored) in enumerate(zip(slice_headers([(p, d)]), frames, strict=True), first):
                 y = modality_values(stored, h, place := x[rank[i], :, :, 0] if x.shape[3] == 1 else None)
                 if stored.dtype.kind == "f" and not np.isfinite(y).all(): raise LoadError(f"{p} holds NaN or infinite values; replace them by the background value")
                 if y is not place: x[rank[i]] = y.reshape(y.shape + (1,) * (3 - y.ndim))
@@ -1050,7 +1056,7 @@ def series_geometry(
     headers:list[tuple[Path, Dataset]],  # a picture, or a series without findings
 )->dict:  # shape (*spatial), affine, spacing, oriented
     "Where the voxels of one scan are, from its headers"
-    frames = slices(headers)
+    frames = slice_headers(headers)
     d = frames[0][1]
     if len(frames) == 1: return picture_geometry([(frames[0][0], one_slice(d))]) | dict(shape=(d.Rows, d.Columns))
     _, positions, axes = slice_places(frames)
@@ -1112,7 +1118,7 @@ def read_images(
         if found := series_findings(headers, allow): raise LoadError(
             f"{path} is not one regular volume: {'; '.join(found)}; {what_helps(headers, allow)}")
         if deidentified and (found := sorted({f for _, d in headers for f in identity_findings(d)})): raise LoadError(f"{path} is not de-identified: {'; '.join(found)}")
-        frames = slices(headers)
+        frames = slice_headers(headers)
         d, patient = frames[0][1], first_value(headers, "PatientID")
         hu = d.get("Modality") == "CT" and "RescaleSlope" in d and str(d.get("RescaleType") or "HU") in ("HU", "US")
         meta = dict(unit="HU" if hu else "a.u.", modality=d.get("Modality") if d.get("Modality") in MODALITIES else "", format="dicom", codes=(0, 1), qform=None,
@@ -1150,7 +1156,7 @@ def choose_part(
     faults = {k: series_faults(g) for k, g in groups.items()}
     sound = [k for k, f in faults.items() if not set(f) - {*allow}]
     offered = sound or [k for k, f in faults.items() if set(f) <= {"gap", "tilt"}]
-    size = lambda g: f"{len(g)} files" if len(g) > 1 else f"{len(slices(g)) or 1} slices"
+    size = lambda g: f"{len(g)} files" if len(g) > 1 else f"{len(slice_headers(g)) or 1} slices"
     choices = ", ".join(f"{path}#{k} ({', '.join(filter(None, (groups[k].note, size(groups[k]))))})" for k in offered[:9])
     if len(offered) > 9: choices += f" and {len(offered) - 9} more, which find_series() lists"
     if key: raise LoadError(f"{path} has no series {key!r}; it has {choices or 'none that can be read'}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'NEEDED', 'TAGS', 'RESULTS', 'DICOMDIR', 'log', 'list_files', 'parse_header', 'file_kind', 'read_headers',
-           'Series', 'describe_series', 'part_keys', 'series_path', 'dicomdir_files', 'missing_files', 'tree_findings',
-           'name_series', 'SeriesList', 'find_series', 'ScanReader', 'DicomSeriesReader']
+           'Series', 'describe_series', 'dicomdir_files', 'missing_files', 'tree_findings', 'name_series', 'SeriesList',
+           'find_series', 'ScanReader', 'DicomSeriesReader']
 
 # %% ../nbs/05_series.ipynb #718f2ce1
 import logging
@@ -21,11 +21,11 @@ import numpy as np
 import pydicom
 import torch
 from monai.data import ImageReader, MetaTensor
-from pydicom.datadict import tag_for_keyword
+from pydicom.tag import Tag
 from pydicom.uid import UID
 from tqdm import tqdm
 from .loaders import (HEADER_TAGS, MODALITIES, QUIET, SPLIT_TAGS, LoadError, first_value, keyed_hash, leave_out_copies, load_scan, read_series, reading,
-                            series_faults, series_geometry, series_groups, series_of, slices, to_scan)
+                            series_faults, series_geometry, series_groups, series_of, slice_headers, to_scan, whole_file)
 
 # %% ../nbs/05_series.ipynb #2417bf8d
 def list_files(
@@ -47,8 +47,8 @@ def list_files(
 
 # %% ../nbs/05_series.ipynb #8384fd7d
 HEAD = 1 << 15   # bytes; most headers are shorter
-NEEDED = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, "SOPInstanceUID", "BitsAllocated")})
-TAGS = sorted({*NEEDED, *map(tag_for_keyword, SPLIT_TAGS)})
+NEEDED = {Tag(k) for k in (*HEADER_TAGS, "SOPInstanceUID", "BitsAllocated")}
+TAGS = sorted({*NEEDED, *map(Tag, SPLIT_TAGS)})
 
 def parse_header(
     path:Path,   # any file
@@ -66,7 +66,7 @@ def parse_header(
         with open(path, "rb") as f: d, end = parse(f)
     if end > size: raise EOFError("the header goes on after the end of the file")
     syntax, kept = UID(d.file_meta.get("TransferSyntaxUID") or "1.2.840.10008.1.2"), pydicom.Dataset(d)   # lets go of the bytes
-    for tag in NEEDED: kept.get(tag)   # decodes
+    for tag in NEEDED.intersection(kept.keys()): kept[tag]   # decodes
     kept.SOPClassUID = kept.get("SOPClassUID") or d.file_meta.get("MediaStorageSOPClassUID")   # a DICOMDIR says it only there
     packed = syntax.is_transfer_syntax and (syntax.is_compressed or syntax.is_deflated)
     return kept, float("inf") if packed and (end < size or syntax.is_deflated) else size - end
@@ -138,7 +138,7 @@ def describe_series(
         with reading(path, "a series"):
             faults = series_faults(images)
             findings = [v for k, v in faults.items() if k not in allow]
-            if frames := slices(images): d, n = frames[0][1], len(frames)
+            if frames := slice_headers(images): d, n = frames[0][1], len(frames)
             if not faults: geometry = series_geometry(images)
             if not all(1e-7 < v < 1e6 for v in geometry.get("spacing", ())): findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
@@ -147,30 +147,27 @@ def describe_series(
                   tuple(map(float, geometry.get("spacing", ()))), [p for p, _ in images], findings, note=getattr(images, "note", ""))
 
 # %% ../nbs/05_series.ipynb #f9825b91
-def part_keys(
-    images:list[tuple[Path, pydicom.Dataset]],  # what `load_scan` finds
-)->dict[tuple[Path, tuple[int, ...]], str]:     # a file and those of its frames that count -> key of its series
-    "By which key `load_scan` finds each file"
-    groups = series_groups(leave_out_copies(images)[0])
+def file_keys(groups:dict[str, list])->dict[tuple[Path, tuple[int, ...]], str]:
+    "By which key of `series_groups` each file is found; of a shared file, each choice of its frames"
     return {(p, tuple(getattr(d, "chosen", ()))): k for k, g in groups.items() for p, d in g}
 
 def series_path(
     group:list[tuple[Path, pydicom.Dataset]],   # one `Part` of `series_groups`
     images:list[tuple[Path, pydicom.Dataset]],  # all of its folder, or of its series where that lies in several folders
     alone:bool,                                 # no other image lies in its folder
-    known:dict|None=None,                       # `part_keys` that were asked for before
+    known:dict|None=None,                       # `file_keys` that were asked for before
 )->str:
     "What `load_scan` needs to read this series and no other"
     first, d = group[0]
     folders = {str(p.parent) for p, _ in group}
     root, known = Path(os.path.commonpath(folders)), {} if known is None else known
     if len(group) == 1 and not hasattr(d, "chosen"): return str(first)
-    if len(group) == 1: where, near = first, lambda p: p == first
+    if len(group) == 1: images, where, near = [(first, whole_file(d))], first, lambda p: True
     elif alone and len(folders) == 1: return str(root)
     elif len(folders) == 1: where, near = root, lambda p: p.parent == root
     else: where, near = root/"**", lambda p: root in p.parents
-    at = where, id(images)
-    if at not in known: known[at] = part_keys([h for h in images if near(h[0])])
+    at = where, len(group) == 1 or id(images)
+    if at not in known: known[at] = file_keys(series_groups(leave_out_copies([h for h in images if near(h[0])])[0]))
     return f"{where}#{known[at][first, tuple(getattr(d, 'chosen', ()))]}"
 
 # %% ../nbs/05_series.ipynb #fa367d8c
@@ -221,22 +218,29 @@ def name_series(
     allow:tuple[str, ...]=(),        # 'gap', 'tilt': accepted
 )->tuple[list[Series], list[Path]]:  # sorted by path; and the copies that were left out
     "Every image in the series it belongs to, or among the copies"
-    folders, series = defaultdict(list), []
-    for h in (h for found in images.values() for h in found): folders[h[0].parent].append(h)
-    here = Counter(p.parent for p in results)   # scans in each folder, as `load_scan` counts them
-    for f, found in folders.items(): here[f] += len(series_groups(leave_out_copies(found)[0]))
+    folders, of, series, known = defaultdict(list), {}, [], {}
+    for uid, found in images.items():
+        of |= {p: uid for p, _ in found}
+        for p, d in found: folders[p.parent].append((p, d))
     kept, copies = leave_out_copies([h for found in folders.values() for h in found])
-    left_out = defaultdict(list)
-    of = {p: uid for uid, found in images.items() for p, _ in found}
+    left_out, here = defaultdict(list), Counter(p.parent for p in results)   # copies of each series; scans in each folder, as `load_scan` counts them
     for p in copies: left_out[of[p]].append(p)
-    known = {}
+    doubled, by_file = {p.parent for p in copies}, defaultdict(list)
+    for f, found in folders.items():
+        groups = series_groups(leave_out_copies(found)[0] if f in doubled else found)
+        here[f] += len(groups)
+        known[f, id(found)] = file_keys(groups)
+        for g in groups.values(): by_file[g[0][0]].append(g)
     for uid, _, members in series_of(kept):
-        groups = series_groups(members)
-        for group in groups.values():
-            spread = len({p.parent for p, _ in group}) > 1
-            near = images[uid] if spread else folders[group[0][0].parent]
-            s = describe_series(group, series_path(group, near, here[group[0][0].parent] == 1, known), allow)
-            around = tree_findings(s.path, uid, left_out[uid], damaged, missing) if len(group) > 1 else []
+        home = {p.parent for p, _ in members}
+        near = images[uid] if len(home) > 1 else folders[next(iter(home))]
+        lost = [p for u in {of[p] for p, _ in members} for p in left_out[u]]
+        groups = list(series_groups(members).values()) if len(home) > 1 or home & doubled else [g for p, _ in members for g in by_file[p]]
+        for group in groups:
+            alone = here[group[0][0].parent] == 1
+            at = near if len({p.parent for p, _ in group}) > 1 else folders[group[0][0].parent]
+            s = describe_series(group, series_path(group, at, alone, known), allow)
+            around = tree_findings(s.path, uid, lost, damaged, missing) if len(group) > 1 else []
             series.append(s._replace(findings=s.findings + around, parts=len(groups)))
     return sorted(series), copies
 
