@@ -770,16 +770,15 @@ def name_volumes(
     "What the volumes are called, and in which order they come"
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
     names, marks = [{} for _ in members], [()] * len(members)
-    for word, column in [*values.items(), *orders.items()]:
+    for word, column, ordered in [*((w, v, False) for w, v in values.items()), *((w, v, True) for w, v in orders.items())]:
         own = [{column[i] for i in m} for m in members]
-        if word == "folder" or word in values and any(len(o) > 1 for o in own): continue
-        if word in orders and any(None in o for o in own): continue
-        of = [min(o) if word in orders else next(iter(o)) for o in own]
+        if word == "folder" or any(None in o if ordered else len(o) > 1 for o in own): continue
+        of = [min(o) if ordered else next(iter(o)) for o in own]
         new = [(*m, (v is not None, isinstance(v, tuple) and isinstance(v[0], str), v)) for m, v in zip(marks, of)]
         if len(set(new)) == len(set(marks)): continue
         marks = new
-        text = (lambda v: f"{word} +{v - min(of):g} s" if word in TIME_TAGS else f"{word} {v:g}") if word in orders else (lambda v: tag_text(word, v, of))
-        for name, v in zip(names, of): name[word] = text(v)
+        for name, v in zip(names, of):
+            name[word] = tag_text(word, v, of) if not ordered else f"{word} +{v - min(of):g} s" if word in TIME_TAGS else f"{word} {v:g}"
     by_time = [[min((c[i] for i in m if c[i] is not None), default=0) for c in orders.values()] for m in members]
     order = sorted(range(len(members)), key=lambda k: (marks[k], by_time[k], int(members[k][0])))
     return [(k, names[k]) for k in order]
@@ -848,8 +847,9 @@ def stray_slices(
     if not stray.any(): return stray, 0.
     at = np.searchsorted(own, depth[stray])
     stray[stray] = np.minimum(depth[stray] - own[at - 1], own[at] - depth[stray]) > .2 * np.median(np.diff(own))
-    cosine = np.stack([np.abs(normals[stray] @ normals[first]), places[stray, 3:6] @ places[first, 3:6]])
-    return stray, float(np.degrees(np.arccos(cosine.clip(-1, 1))).max(initial=0))
+    off = lambda v, sign=1: np.linalg.norm(v[stray] - sign * v[first], axis=1)   # chords of unit vectors
+    chord = np.maximum(np.minimum(off(normals), off(normals, -1)), off(places[:, 3:6]))
+    return stray, float(np.degrees(2 * np.arcsin(chord / 2)).max(initial=0))
 
 def stray_faults(
     stacks:list[list[Slice]],  # of one series

@@ -161,12 +161,13 @@ def series_path(
     first, d = group[0]
     folders = {str(p.parent) for p, _ in group}
     root, known = Path(os.path.commonpath(folders)), {} if known is None else known
-    if len(group) == 1 and not hasattr(d, "chosen"): return str(first)
-    if len(group) == 1: images, where, near = [(first, whole_file(d))], first, lambda p: True
+    shared, doubted = hasattr(d, "chosen"), bool(getattr(group, "faults", None))   # alone, a doubted slice would be a picture like any other
+    if len(group) == 1 and not shared and not doubted: return str(first)
+    if len(group) == 1 and shared: images, where, near = [(first, whole_file(d))], first, lambda p: True
     elif alone and len(folders) == 1: return str(root)
     elif len(folders) == 1: where, near = root, lambda p: p.parent == root
     else: where, near = root/"**", lambda p: root in p.parents
-    at = where, len(group) == 1 or id(images)
+    at = where, where == first or id(images)
     if at not in known: known[at] = file_keys(series_groups(leave_out_copies([h for h in images if near(h[0])])[0]))
     return f"{where}#{known[at][first, tuple(getattr(d, 'chosen', ()))]}"
 

@@ -113,7 +113,7 @@ def test_single_places_are_pictures(tmp_path):
 
 # Refused -----------------------------------------------------------------------------------------------------------------------
 SAME = [dict(), dict()]
-REFUSED = dict(repeated=SAME, scrambled=[dict(InstanceNumber=lambda k: [1, 7, 3, 9, 5][k]), dict(InstanceNumber=lambda k: [6, 2, 8, 4, 10][k])],
+REFUSED = dict(repeated=SAME, scrambled=[dict(InstanceNumber=lambda k: [1, 7, 3, 9, 5][k]), dict(InstanceNumber=lambda k: [2, 6, 8, 4, 10][k])],
                some_times=[dict(AcquisitionTime=lambda k: "101010"), dict(AcquisitionTime=lambda k: "101010" if k else "101020")])
 
 
