@@ -11,7 +11,7 @@ __all__ = ['QUIET', 'SPACES', 'LENGTHS', 'HEADER_TAGS', 'IDENTITY', 'FILE_TAGS',
            'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames', 'stored_frames',
            'modality_values', 'read_pixels', 'picture_geometry', 'series_geometry', 'straighten', 'read_images',
            'read_series', 'read_dicom', 'load_scan', 'load_picture', 'map_suffix', 'nifti_image', 'save_nrrd',
-           'save_picture', 'write_back', 'save_map', 'save_mask']
+           'save_picture', 'write_back', 'save_map', 'save_mask', 'load_mask', 'lesion_of', 'fit_mask']
 
 # %% ../nbs/00_loaders.ipynb #4ff80d1e
 import bz2
@@ -838,3 +838,172 @@ def save_mask(
     x = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
     if not np.isin(x, np.arange(256)).all(): raise ValueError(f"save_mask() needs whole numbers from 0 to 255 for {like.meta['source']}; apply the threshold first")
     return write_back(x, path, like, np.uint8, ".png" if map_suffix(like) == ".tiff" else map_suffix(like))
+
+# %% ../nbs/00_loaders.ipynb #6d61736e
+def whole_labels(
+    x:torch.Tensor,  # (C, *spatial) as read
+    path:str,        # for the refusal
+    step:float=0.,   # between neighbouring values that the file can store (scl_slope); 0 where it is not scaled
+)->tuple[torch.Tensor, bool]:  # whole numbers, and whether half of the weight of a label decided
+    "The labels that the values of a mask stand for"
+    near = max(1e-3, min(.55 * step, .05))   # a label may be stored half a step beside its number
+    whole = x.round()
+    odd = (x - whole).abs() > near
+    if not odd.any():
+        return whole, False
+    low, high = float(x.min()), float(x.max())
+    top = 1 if high <= 1.5 else 255 if 254 <= high <= 280 else 0   # cubic interpolation overshoots
+    soft = (x > top / 2) * float(top)
+    if top and low >= -.5 * top and soft.any():
+        return soft, True
+    raise LoadError(f"{path} holds {int(odd.sum())} values that are no whole numbers, such as {float(x[odd][0]):.4g}, "
+                    f"of {x.numel()} from {low:.4g} to {high:.4g}, but a mask needs labels (0 is background); "
+                    "resample it with nearest neighbours, or round it")
+
+# %% ../nbs/00_loaders.ipynb #6d617371
+def drawn_labels(
+    x:torch.Tensor,  # (C, H, W) of a picture: grey or RGB, with or without transparency
+    path:str,        # for the refusal
+)->tuple[torch.Tensor, dict[tuple, int]]:  # labels (1, H, W), 0 where nothing is drawn; pixels of each colour
+    "What is drawn in a picture"
+    if len(x) in (2, 4):
+        x, alpha = x[:-1], x[-1:]
+        if (levels := len(alpha.unique())) > 2:
+            raise LoadError(f"{path} is transparent in {levels} degrees, so that nobody can say where its labels end; "
+                            "save them as a grey PNG")
+        if (x == x[:, :1, :1]).all():
+            return (alpha > 0).float(), {}
+        x = x * (alpha > 0)
+    if len(x) != 3 or (x == x[:1]).all():
+        return x[:1], {}
+    colours, count = x.flatten(1).T.unique(dim=0, return_counts=True)
+    drawn = {tuple(map(int, c)): int(n) for c, n in zip(colours, count) if c.any()}
+    if len(drawn) > 16:
+        raise LoadError(f"{path} holds {len(drawn)} colours: a picture, not a mask; save the labels alone, "
+                        "as a grey or palette PNG")
+    return x.amax(0, keepdim=True), drawn   # a red of 255 is label 255
+
+# %% ../nbs/00_loaders.ipynb #6d617374
+def grey_edges(
+    x:torch.Tensor,  # (C, *spatial), whole numbers
+)->bool:
+    "Whether a mask of 0 and 255 has grey edges"
+    if not 250 <= x.max() <= 255 or x.min() < 0:
+        return False
+    n = torch.histc(x, 256, 0, 255)
+    dark, light = n[1:128], n[128:250]
+    return min(int((dark > 0).sum()), int((light > 0).sum())) >= 4 and dark.sum() + light.sum() < n[0] + n[250:].sum()
+
+def own_meta(x:MetaTensor)->dict: return {k: v for k, v in x.meta.items() if k != "affine"}
+
+def as_labels(
+    scan:MetaTensor,  # a mask as a reader of scans gives it, (C, *spatial)
+    step:float=0.,    # as for `whole_labels`
+)->MetaTensor:        # (C, *spatial); meta has `read_as`: labels, soft edges or grey edges; and `colours`
+    "The labels of a mask, whole numbers with 0 for the background"
+    x, path, colours = scan.as_tensor(), scan.meta["source"], {}
+    if scan.meta["format"] not in ("nifti", "nrrd") and x.ndim == 3:
+        x, colours = drawn_labels(x, path)
+    if len(x) > 1 and ((x.sum(0) - 1).abs() < 1e-3).all():
+        raise LoadError(f"{path} gives each voxel to one of its {len(x)} channels, the background among them, and does not "
+                        "say which that is; save one channel of labels, or the lesions' channels alone")
+    x, soft = whole_labels(x, path, step)
+    edges = "soft edges" if soft else "grey edges" if grey_edges(x) else "labels"
+    return MetaTensor(x, affine=scan.affine, meta=own_meta(scan) | dict(read_as=edges, colours=colours))
+
+# %% ../nbs/00_loaders.ipynb #6d617377
+def picture_indices(
+    path:Path,  # a file that holds a picture
+)->np.ndarray|None:  # (1, H, W) float32; None where the picture has no palette
+    "The indices of a palette picture; JPEG is refused"
+    with reading(path, "a mask"), Image.open(path) as im:
+        if im.format in ("JPEG", "MPO") or im.info.get("compression") in ("jpeg", "tiff_jpeg"):
+            raise LoadError(f"{path} is a JPEG, which blurs a mask; save it as PNG")
+        if im.mode not in ("P", "PA"):
+            return None
+        im = ImageOps.exif_transpose(im)
+        return np.array(im.getchannel(0) if im.mode == "PA" else im, np.float32)[None]
+
+def check_dicom_mask(
+    path:Path,  # a DICOM file, or a folder of them
+)->None:
+    "Refuse a DICOM mask whose stored values are not its labels"
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+    tags = [Tag(t) for t in ("Modality", "PhotometricInterpretation", "SegmentationType", "LossyImageCompression")]
+    d = next((h for h in (dicom_header(p, tags) for p in files) if h is not None), Dataset())
+    kind = str(d.get("PhotometricInterpretation", ""))
+    if kind in ("MONOCHROME1", "PALETTE COLOR"):
+        raise LoadError(f"{path} is {kind}: its values stand for something else than themselves, and a mask needs labels; "
+                        "save it as NIfTI or MONOCHROME2")
+    if str(d.get("LossyImageCompression", "")) == "01":
+        raise LoadError(f"{path} was compressed with loss, which blurs a mask; save it as NIfTI or PNG")
+    if str(d.get("SegmentationType", "BINARY")) != "BINARY":
+        raise LoadError(f"{path} is a DICOM segmentation of fractions, not of labels; convert it to a NIfTI label map "
+                        "on the scan's grid")
+
+# %% ../nbs/00_loaders.ipynb #6d617378
+def load_mask(
+    path:str|Path,              # as for `load_scan`
+    allow:tuple[str, ...]=(),   # as for `load_scan`
+)->MetaTensor:                  # labels, whole numbers (C, *spatial), 0 for the background
+    "Read a mask: its labels, not intensities; raise `LoadError` where they cannot be told"
+    file = Path(str(path).rpartition("#")[0] if "#" in str(path) and not os.path.exists(path) else path)
+    try: mask = load_scan(path, allow=allow)
+    except LoadError as e:
+        if (d := dicom_header(file) if file.is_file() else None) is None or d.get("Modality") != "SEG": raise
+        raise LoadError(f"{path} is a DICOM segmentation that is no single volume; convert it to a NIfTI label map on "
+                        "the scan's grid (dcmqi's segimage2itkimage does)") from e
+    kind, step = mask.meta["format"], 0.
+    if kind == "dicom":
+        check_dicom_mask(file.parent if file.name == "**" else file)
+    if kind == "picture" and file.suffix.lower() != ".npz" and (x := picture_indices(file)) is not None:
+        mask = MetaTensor(torch.from_numpy(x), affine=mask.affine, meta=own_meta(mask))
+    if kind == "nifti":
+        try: slope = nib.load(file).dataobj.slope
+        except (OSError, nib.filebasedimages.ImageFileError): slope = 1   # a name that nibabel does not go by
+        step = abs(float(slope)) if slope not in (0, 1) else 0.
+    return as_labels(mask, step)
+
+# %% ../nbs/00_loaders.ipynb #6d617381
+def lesion_of(
+    labels:MetaTensor,      # (C, *spatial), from `load_mask`
+    lesion:tuple[float, ...]=(),  # values that are lesion; all above 0 if empty
+)->MetaTensor:              # (1, *spatial) of 0 and 1
+    "Where the lesion is"
+    colours = labels.meta.get("colours") or {}
+    if lesion and len(colours) > 1:
+        found = ", ".join(f"{c} ({n} pixels)" for c, n in list(colours.items())[:5])
+        raise LoadError(f"{labels.meta['source']} has labels in {len(colours)} colours, {found}, which have no values that "
+                        f"lesion={list(lesion)} could choose from; save it as a grey or palette PNG with a number for each label")
+    if lesion: found = torch.isin(labels, torch.tensor(lesion, dtype=labels.dtype))
+    else: found = labels > (127.5 if labels.meta["read_as"] == "grey edges" else 0)
+    return found.any(0, keepdim=True).float()   # (C, *spatial) -> (1, *spatial)
+
+# %% ../nbs/00_loaders.ipynb #6d617384
+def fit_mask(
+    mask:MetaTensor,  # (C, *spatial), from `load_mask`
+    scan:MetaTensor,  # its scan, (C, *spatial)
+)->MetaTensor:        # (C, *spatial) on the scan's grid
+    "A mask laid on its scan, voxel on voxel, or refused"
+    name, shape, own = mask.meta["source"], tuple(scan.shape[1:]), tuple(mask.shape[1:])
+    flat = lambda s: [n for n in s if n > 1]
+    full = lambda s: s + (1,) * (3 - len(s))
+    single = [s.ndim == 3 and s.meta["format"] in ("picture", "dicom") for s in (mask, scan)]
+    x, affine = mask.as_tensor().numpy(), np.asarray(mask.affine)
+    drawn = all(single) and not mask.meta["oriented"]
+    placed = (scan.meta["oriented"] or mask.meta["oriented"]) and not drawn
+    if placed and sorted(flat(own)) == sorted(flat(shape)):
+        x = x.reshape(len(x), *full(own))
+        order = nib.orientations.ornt_transform(*map(nib.orientations.io_orientation, (affine, np.asarray(scan.affine))))
+        x = np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(x, 0, -1), order), -1, 0)
+        affine = affine @ nib.orientations.inv_ornt_aff(order, full(own))
+        seen = [*(i for i, n in enumerate(full(shape)) if n > 1), 3]   # the step along an axis of one voxel moves nothing
+        if full(shape) != x.shape[1:] or not np.allclose(affine[:, seen], np.asarray(scan.affine)[:, seen], atol=1e-2):
+            raise DataError(f"the mask {name} lies elsewhere than its scan {scan.meta['source']} (the affines differ); "
+                            "resample it to the scan's grid")
+    elif flat(own) != flat(shape):
+        raise DataError(f"the mask {name} has the shape {own}, its scan {scan.meta['source']} has {shape}; "
+                        "save the mask on the scan's grid")
+    x = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), *shape)))
+    place = dict(oriented=scan.meta["oriented"], spacing=scan.meta["spacing"])
+    return MetaTensor(x, affine=scan.affine, meta=own_meta(mask) | place)
