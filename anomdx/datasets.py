@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 from . import __version__
 from .config import REQUIRED, ConfigError, close_match, digest
-from .loaders import PICTURES, DataError, as_labels, atomic_path, fit_mask, keyed_hash, lesion_of, load_mask, load_scan
+from .loaders import PICTURES, DataError, as_labels, atomic_path, dicom_header, dicom_headers, fit_mask, keyed_hash, lesion_of, load_mask, load_scan, series_groups
 from .oct import OCT_SUFFIXES, load_oct
 from .series import find_series, list_files
 from .slides import PATCH_PATH, load_patch
-from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, npz_rows, select_rows
+from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, name_columns, npz_rows, select_rows
 
 # %% ../nbs/06_datasets.ipynb #7cc3df50
 FORGIVEN = dict(gap=("missing slices", "slices lie"), tilt=("gantry tilt", "slices are shifted"))   # findings that load_scan repairs when it may
@@ -77,6 +77,75 @@ def read_rows(
     if path.is_dir(): rows, refused = folder_rows(path, allow); return rows, path, refused
     return (npz_rows if path.suffix == ".npz" else csv_rows)(path), path.parent, {}
 
+# %% ../nbs/06_datasets.ipynb #6e0b7a02
+@lru_cache(maxsize=64)
+def series_of(folder:str)->dict: return series_groups(dicom_headers(Path(folder)))
+
+def header_patient(
+    path:str,  # of a scan
+)->str: # its PatientID, '' where the headers do not say
+    "Who the DICOM headers of a scan say it is"
+    before, _, key = path.rpartition("#") if "#" in path and not os.path.exists(path) else (path, "", "")
+    file = Path(before)
+    try:
+        if file.is_file():
+            files = [file]
+        elif key:   # of a series, or FOLDER/**
+            files = [f for f, _ in series_of(before).get(key, [])[:1]]
+        else:
+            files = sorted(f for f in file.iterdir() if f.is_file() and f.name[0] != ".")
+        headers = (dicom_header(f, ["PatientID"]) for f in files)
+        first = next((d for d in headers if d is not None), {})
+        return str(first.get("PatientID") or "").strip()
+    except (DataError, OSError):   # loading it will say why
+        return ""
+
+def header_patients(
+    paths:Sequence[str],  # of scans
+)->list[str]: # PatientID of each, '' where it is no DICOM or does not say
+    "Who the headers say these scans are, from those that can be DICOM"
+    asked = [p for p in paths if not p.lower().endswith((*SCANS, ".npz")) and ".npz#" not in p.lower()]
+    with ThreadPoolExecutor(8) as pool:
+        bar = tqdm(pool.map(header_patient, asked), desc="asking the headers", total=len(asked), delay=2, leave=False, disable=None)
+        known = dict(zip(asked, bar))
+    return [known.get(p, "") for p in paths]
+
+# %% ../nbs/06_datasets.ipynb #6e0b7a04
+@lru_cache(maxsize=4096)
+def say_once(source:str, text:str)->None: logging.getLogger("anomdx.datasets").info("%s: %s", source, text)
+
+def known_rows(
+    rows:pd.DataFrame,  # texts, from `read_rows`
+    folder:Path,        # what their paths are relative to
+    source:Path,        # where they came from
+    labelled:bool,      # whether they have to say who is healthy
+)->tuple[pd.DataFrame, list[str]]: # the rows, with all that is known of their patients; and what there is to say of it
+    "Rows under the names that are used here, each with its patient, where anything says who that is"
+    free = source.is_file() and source.suffix.lower() not in (".npz", ".json")   # its author chose the names
+    columns = [c for c in ("path", "label", "patient", "mask", "split") if labelled or c != "label"]
+    rows, taken = name_columns(rows, source, columns if free else ["patient"])
+    told = [f"{column} is read from the column {name!r}" for column, name in taken.items()]
+    if rows.empty or "path" not in rows:
+        return rows, told
+    named = "patient" in rows and (rows.patient != "").any()
+    patient = rows.patient.copy() if "patient" in rows else pd.Series("", index=rows.index)
+    empty = patient == ""
+    asked = header_patients([os.path.join(folder, p.replace("\\", "/")) for p in rows.path[empty]])
+    found = [p if named or not p else keyed_hash(p) for p in asked]   # as `dicom_rows` names them
+    patient[empty] = found
+    if known := sum(p != "" for p in found):
+        told.append(f"the patient of {known} of {len(rows)} scans is read from DICOM headers, {len(set(found) - {''})} in all")
+    alone = int(((patient == "") | (patient == "scan " + rows.path)).sum())
+    if alone == len(rows):
+        hint = "; their names begin with sub-" if rows.path.str.contains(r"(?:^|[/\\])sub-[^/\\]*$").all() else ""
+        told.append(f"nothing says who is one patient, each of the {alone} scans counts as its own; "
+                    f"if some have several, say so in a column 'patient'{hint}")
+    elif alone:
+        told.append(f"{alone} of {len(rows)} scans have no patient and count as patients of their own")
+    for text in told:
+        say_once(str(source), text)
+    return rows.assign(patient=patient), told
+
 # %% ../nbs/06_datasets.ipynb #dd8ef311
 def read_table(
     source:str|Path,          # a CSV, a folder with healthy/ and anomalous/, a BIDS or DICOM folder, a dataset.json or a MedMNIST-like .npz
@@ -86,8 +155,9 @@ def read_table(
     lesion:Sequence[int]=(),  # values of the masks that are lesion; all but 0 if empty
     allow:Sequence[str]=(),   # what load_scan may repair in these scans
 )->ScanTable: # DICOM series that were refused are in .attrs["refused"]
-    "The ScanTable of a source; paths in a CSV are relative to the CSV's folder"
+    "The ScanTable of a source; paths in a CSV are relative to its folder; .attrs['told'] says how it was understood"
     rows, folder, refused = read_rows(path := Path(source), suffix, lesion, allow)
+    rows, told = known_rows(rows, folder, path, labelled=not (healthy or anomalous))
     if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
     if rows.empty and "path" in rows: raise DataError(f"{path} holds no scans" + (", only series that are refused" if refused else ""))
     known, asked = "label" in rows and set(rows.label) != {"-1"}, bool(healthy or anomalous)
@@ -97,7 +167,7 @@ def read_table(
     table = as_table(rows.assign(label="-1") if asked else rows, folder, path, patient_key)
     if lesion: table["lesion_values"] = " ".join(map(str, lesion))
     if allow: table["allow"] = " ".join(allow)
-    table.attrs["refused"] = refused
+    table.attrs["refused"], table.attrs["told"] = refused, told
     return label_rows(table, healthy, anomalous) if asked else table
 
 # %% ../nbs/06_datasets.ipynb #64f2964f
