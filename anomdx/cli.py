@@ -89,7 +89,7 @@ def checked(
     copies:bool,                      # look for copies across the splits, too
 )->str:
     "What a configuration would train on what; raises if it would not"
-    from anomdx.datasets import in_archive
+    from anomdx.datasets import in_archive, mask_findings
     from anomdx.duplicates import check_duplicates
     from anomdx.experiment import create_detector, create_table, load_config
     cfg = load_config(preset, overrides)
@@ -99,7 +99,10 @@ def checked(
     if copies and table is not None: check_duplicates(table)
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
     odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unlisted") and n]
-    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + ', '.join(odd) if odd else 'nothing to object to'}"
+    odd = [", ".join(odd)] * bool(odd)
+    if table is not None:
+        odd += [*table.attrs.get("told", ()), *mask_findings(table, cfg.transform.preset)]
+    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + '; '.join(odd) if odd else 'nothing to object to'}"
 
 # %% ../nbs/80_cli.ipynb #8eb981f5
 OUT = typer.Option(None, "--out", metavar="DIR", help="run folder; default runs/PRESET")
@@ -147,13 +150,15 @@ def summary(
     result:dict, # what `runs.evaluate` returns
 )->str:
     "The figures of an evaluation as text for a terminal"
+    from anomdx.eval import mask_words
     interval = lambda f: f"{f['value']:.3f}  [{f['ci'][0]:.3f}, {f['ci'][1]:.3f}]"
     names = dict(auroc="AUROC", ap="average precision", fpr_at_95tpr="FPR at 95 % TPR", sensitivity_at_95spec="sensitivity at 95 % specificity")
     rows = [(text, interval(result[key])) for key, text in names.items()]
     rows += [(f"AUROC of {key}", interval(f["auroc"])) for key, f in result["baselines"].items()]
     rows += [(f"pixel {key}", f"{value:.3f}") for key, value in (result["pixel"] or {}).items()]
     head = f"{result['n']} scans of {result['patients']} patients, {result['n_anomalous']} anomalous; 95 % intervals over patients"
-    return "\n".join([head, *(f"  {name:36} {value}" for name, value in rows)])
+    odd = mask_words(result.get("masks") or {})
+    return "\n".join([head, *(f"  {name:36} {value}" for name, value in rows), *(f"  {line}" for line in odd)])
 
 # %% ../nbs/80_cli.ipynb #ec5158c4
 @app.command()

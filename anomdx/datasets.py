@@ -6,8 +6,8 @@
 __all__ = ['FORGIVEN', 'SCANS', 'dicom_rows', 'folder_rows', 'read_rows', 'read_table', 'patient_strata', 'drawn',
            'split_patients', 'split_table', 'kfold_patients', 'healthy_rows', 'scan_file', 'missing_files',
            'in_archive', 'table_files', 'LeakError', 'check_table', 'scan_files', 'file_digest', 'content_digest',
-           'data_digest', 'TableData', 'load_table', 'open_scan', 'load_row', 'PreparedScans', 'entry_name', 'stored',
-           'ScanDataset', 'collate', 'make_loader']
+           'data_digest', 'TableData', 'load_table', 'open_scan', 'load_row', 'mask_findings', 'PreparedScans',
+           'entry_name', 'stored', 'ScanDataset', 'collate', 'make_loader']
 
 # %% ../nbs/06_datasets.ipynb #da1c66d1
 import hashlib, logging, os, re
@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 from . import __version__
 from .config import REQUIRED, ConfigError, close_match, digest
-from .loaders import PICTURES, DataError, atomic_path, keyed_hash, load_scan
+from .loaders import PICTURES, DataError, as_labels, atomic_path, dicom_header, dicom_headers, fit_mask, keyed_hash, lesion_of, load_mask, load_scan, series_groups
 from .oct import OCT_SUFFIXES, load_oct
 from .series import find_series, list_files
 from .slides import PATCH_PATH, load_patch
-from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, npz_rows, select_rows
+from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, name_columns, npz_rows, select_rows
 
 # %% ../nbs/06_datasets.ipynb #7cc3df50
 FORGIVEN = dict(gap=("missing slices", "slices lie"), tilt=("gantry tilt", "slices are shifted"))   # findings that load_scan repairs when it may
@@ -77,6 +77,75 @@ def read_rows(
     if path.is_dir(): rows, refused = folder_rows(path, allow); return rows, path, refused
     return (npz_rows if path.suffix == ".npz" else csv_rows)(path), path.parent, {}
 
+# %% ../nbs/06_datasets.ipynb #6e0b7a02
+@lru_cache(maxsize=64)
+def series_of(folder:str)->dict: return series_groups(dicom_headers(Path(folder)))
+
+def header_patient(
+    path:str,  # of a scan
+)->str: # its PatientID, '' where the headers do not say
+    "Who the DICOM headers of a scan say it is"
+    before, _, key = path.rpartition("#") if "#" in path and not os.path.exists(path) else (path, "", "")
+    file = Path(before)
+    try:
+        if file.is_file():
+            files = [file]
+        elif key:   # of a series, or FOLDER/**
+            files = [f for f, _ in series_of(before).get(key, [])[:1]]
+        else:
+            files = sorted(f for f in file.iterdir() if f.is_file() and f.name[0] != ".")
+        headers = (dicom_header(f, ["PatientID"]) for f in files)
+        first = next((d for d in headers if d is not None), {})
+        return str(first.get("PatientID") or "").strip()
+    except (DataError, OSError):   # loading it will say why
+        return ""
+
+def header_patients(
+    paths:Sequence[str],  # of scans
+)->list[str]: # PatientID of each, '' where it is no DICOM or does not say
+    "Who the headers say these scans are, from those that can be DICOM"
+    asked = [p for p in paths if not p.lower().endswith((*SCANS, ".npz")) and ".npz#" not in p.lower()]
+    with ThreadPoolExecutor(8) as pool:
+        bar = tqdm(pool.map(header_patient, asked), desc="asking the headers", total=len(asked), delay=2, leave=False, disable=None)
+        known = dict(zip(asked, bar))
+    return [known.get(p, "") for p in paths]
+
+# %% ../nbs/06_datasets.ipynb #6e0b7a04
+@lru_cache(maxsize=4096)
+def say_once(source:str, text:str)->None: logging.getLogger("anomdx.datasets").info("%s: %s", source, text)
+
+def known_rows(
+    rows:pd.DataFrame,  # texts, from `read_rows`
+    folder:Path,        # what their paths are relative to
+    source:Path,        # where they came from
+    labelled:bool,      # whether they have to say who is healthy
+)->tuple[pd.DataFrame, list[str]]: # the rows, with all that is known of their patients; and what there is to say of it
+    "Rows under the names that are used here, each with its patient, where anything says who that is"
+    free = source.is_file() and source.suffix.lower() not in (".npz", ".json")   # its author chose the names
+    columns = [c for c in ("path", "label", "patient", "mask", "split") if labelled or c != "label"]
+    rows, taken = name_columns(rows, source, columns if free else ["patient"])
+    told = [f"{column} is read from the column {name!r}" for column, name in taken.items()]
+    if rows.empty or "path" not in rows:
+        return rows, told
+    named = "patient" in rows and (rows.patient != "").any()
+    patient = rows.patient.copy() if "patient" in rows else pd.Series("", index=rows.index)
+    empty = patient == ""
+    asked = header_patients([os.path.join(folder, p.replace("\\", "/")) for p in rows.path[empty]])
+    found = [p if named or not p else keyed_hash(p) for p in asked]   # as `dicom_rows` names them
+    patient[empty] = found
+    if known := sum(p != "" for p in found):
+        told.append(f"the patient of {known} of {len(rows)} scans is read from DICOM headers, {len(set(found) - {''})} in all")
+    alone = int(((patient == "") | (patient == "scan " + rows.path)).sum())
+    if alone == len(rows):
+        hint = "; their names begin with sub-" if rows.path.str.contains(r"(?:^|[/\\])sub-[^/\\]*$").all() else ""
+        told.append(f"nothing says who is one patient, each of the {alone} scans counts as its own; "
+                    f"if some have several, say so in a column 'patient'{hint}")
+    elif alone:
+        told.append(f"{alone} of {len(rows)} scans have no patient and count as patients of their own")
+    for text in told:
+        say_once(str(source), text)
+    return rows.assign(patient=patient), told
+
 # %% ../nbs/06_datasets.ipynb #dd8ef311
 def read_table(
     source:str|Path,          # a CSV, a folder with healthy/ and anomalous/, a BIDS or DICOM folder, a dataset.json or a MedMNIST-like .npz
@@ -86,8 +155,9 @@ def read_table(
     lesion:Sequence[int]=(),  # values of the masks that are lesion; all but 0 if empty
     allow:Sequence[str]=(),   # what load_scan may repair in these scans
 )->ScanTable: # DICOM series that were refused are in .attrs["refused"]
-    "The ScanTable of a source; paths in a CSV are relative to the CSV's folder"
+    "The ScanTable of a source; paths in a CSV are relative to its folder; .attrs['told'] says how it was understood"
     rows, folder, refused = read_rows(path := Path(source), suffix, lesion, allow)
+    rows, told = known_rows(rows, folder, path, labelled=not (healthy or anomalous))
     if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
     if rows.empty and "path" in rows: raise DataError(f"{path} holds no scans" + (", only series that are refused" if refused else ""))
     known, asked = "label" in rows and set(rows.label) != {"-1"}, bool(healthy or anomalous)
@@ -97,7 +167,7 @@ def read_table(
     table = as_table(rows.assign(label="-1") if asked else rows, folder, path, patient_key)
     if lesion: table["lesion_values"] = " ".join(map(str, lesion))
     if allow: table["allow"] = " ".join(allow)
-    table.attrs["refused"] = refused
+    table.attrs["refused"], table.attrs["told"] = refused, told
     return label_rows(table, healthy, anomalous) if asked else table
 
 # %% ../nbs/06_datasets.ipynb #64f2964f
@@ -314,26 +384,108 @@ def open_scan(
     if re.search(rf"({'|'.join(map(re.escape, OCT_SUFFIXES))})(#[\d/]+)?$", name) or modality == "oct" and not plain: return load_oct(path, patient)
     return load_scan(path, modality, patient, tuple(allow))
 
+# %% ../nbs/06_datasets.ipynb #5c09a101
+def read_labels(
+    path:str,                 # of a mask: whatever `open_scan` reads
+    allow:Sequence[str]=(),   # as for `load_scan`
+)->MetaTensor:                # labels, (C, *spatial)
+    "The labels of a mask with the reader that its path needs"
+    plain = not PATCH_PATH.fullmatch(path) and not re.search(r"\.(vol|e2e|fda|fds|oct)(#[\d/]+)?$", path.lower())
+    return load_mask(path, tuple(allow)) if plain else as_labels(open_scan(path, allow=allow))
+
+def scan_and_labels(
+    row:pd.Series,            # of a ScanTable
+    modality:str|None=None,   # as for open_scan
+)->tuple[MetaTensor, MetaTensor|None]: # scan and labels (C, *spatial) on one grid, if there is a mask
+    "What the files of a row hold"
+    allow, path, name = str(row.get("allow", "")).split(), row["path"], row["mask"]
+    if name and os.path.normpath(name) == os.path.normpath(path):
+        raise DataError(f"{path} is given as its own mask; give the file that marks its lesion, or leave the mask empty")
+    scan = open_scan(path, modality, allow=allow)
+    scan.meta["patient"], scan.meta["view"] = row["patient"], str(row.get("view", ""))
+    if not name:
+        return scan, None
+    labels = read_labels(name, allow)
+    if labels.shape == scan.shape and torch.equal(labels.as_tensor(), scan.as_tensor()) and len(scan.unique()) > 2:
+        raise DataError(f"the mask {name} holds the values of its scan {path}, not labels; give the file that marks the lesion")
+    return scan, fit_mask(labels, scan)
+
+# %% ../nbs/06_datasets.ipynb #5c09a104
+def row_lesion(
+    row:pd.Series,      # of a ScanTable
+    labels:MetaTensor,  # (C, *spatial), of its mask
+)->MetaTensor:          # (1, *spatial) of 0 and 1
+    "The lesion of a row, which a healthy scan must not have"
+    mask = lesion_of(labels, tuple(float(v) for v in str(row.get("lesion_values", "")).split()))
+    if row["label"] == 0 and mask.any():
+        raise DataError(f"{row['path']} has label 0 (healthy), but its mask {row['mask']} marks a lesion; correct one")
+    return mask
+
 # %% ../nbs/06_datasets.ipynb #c5fc2d98
 def load_row(
     row:pd.Series,            # of a ScanTable; `allow` and `lesion_values`, words and numbers with spaces between, are optional
     modality:str|None=None,   # as for open_scan
 )->tuple[MetaTensor, MetaTensor|None]: # scan (C, *spatial) and lesion mask (1, *spatial) of 0 and 1, if there is one
     "The scan of a row and its mask on the same grid"
-    allow, values = str(row.get("allow", "")).split(), [float(v) for v in str(row.get("lesion_values", "")).split()]
-    scan = open_scan(row["path"], modality, allow=allow)
-    scan.meta["patient"], scan.meta["view"] = row["patient"], str(row.get("view", ""))
-    if not row["mask"]: return scan, None
-    if row["mask"].lower().endswith((".jpg", ".jpeg")): raise DataError(f"{row['mask']} is a JPEG, which blurs a mask; save it as PNG")
-    mask = open_scan(row["mask"], allow=allow)
-    mask = (torch.isin(mask, torch.tensor(values)) if values else mask > 0).any(0, keepdim=True).float()   # (C, *spatial) -> (1, *spatial)
-    if mask.shape[1:] != scan.shape[1:]: raise DataError(f"the mask {row['mask']} has the shape {tuple(mask.shape[1:])}, "
-        f"its scan {row['path']} has {tuple(scan.shape[1:])}; save the mask on the scan's grid")
-    placed = scan.meta["oriented"] or mask.meta["oriented"]
-    if placed and not torch.allclose(mask.affine, scan.affine, atol=1e-2): raise DataError(f"the mask {row['mask']} lies elsewhere than "
-        f"its scan {row['path']} (the affines differ); resample it to the scan's grid")
-    if row["label"] == 0 and mask.any(): raise DataError(f"{row['path']} has label 0 (healthy), but its mask {row['mask']} marks a lesion; correct one")
-    return scan, mask
+    scan, labels = scan_and_labels(row, modality)
+    return scan, None if labels is None else row_lesion(row, labels)
+
+# %% ../nbs/06_datasets.ipynb #5c09a106
+def mask_facts(
+    row:pd.Series,            # of a ScanTable, with a mask
+    modality:str|None=None,   # as for open_scan
+)->dict: # `bad`: why it cannot be used; else `share` of the voxels, `values` (256 at most), `read_as` and how many `colours`
+    "What the mask of a row holds"
+    try:
+        _, labels = scan_and_labels(row, modality)
+        share = float(row_lesion(row, labels).mean())
+    except DataError as e:
+        return dict(bad=str(e))
+    values = labels.unique()
+    return dict(share=share, values=values[:256].tolist(), many=len(values) > 256, read_as=labels.meta["read_as"],
+                colours=len(labels.meta["colours"]))
+
+def mask_counts(
+    table:ScanTable,
+    modality:str|None=None,   # as for open_scan
+)->dict: # n; bad [why]; empty, of `anomalous`; full; soft; grey; coloured; merged; many; absent: lesion values in no mask; seen
+    "What is odd about the masks of a table; reads each once"
+    rows = table[table["mask"] != ""]
+    bar = tqdm(rows.iterrows(), desc="reading the masks", total=len(rows), unit="mask", delay=2, leave=False, disable=None)
+    facts = [(row, mask_facts(row, modality)) for _, row in bar]
+    good = [(row, f) for row, f in facts if "bad" not in f]
+    count = lambda test: sum(bool(test(row, f)) for row, f in good)
+    seen = sorted({v for _, f in good for v in f["values"]})
+    asked = sorted({float(v) for text in rows.get("lesion_values", ()) for v in str(text).split()})
+    several = lambda row, f: f["read_as"] == "labels" and not f["colours"] and sum(v > 0 for v in f["values"]) > 1
+    return dict(
+        n=len(rows), bad=[f["bad"] for _, f in facts if "bad" in f], anomalous=count(lambda row, f: row["label"] == 1),
+        empty=count(lambda row, f: row["label"] == 1 and not f["share"]), full=count(lambda row, f: f["share"] > .95),
+        soft=count(lambda row, f: f["read_as"] != "labels"), coloured=count(lambda row, f: f["colours"] > 1),
+        merged=0 if asked else count(several), many=count(lambda row, f: f["many"]),
+        absent=[v for v in asked if v not in seen] if good and not count(lambda row, f: f["many"]) else [], seen=seen)
+
+# %% ../nbs/06_datasets.ipynb #5c09a107
+def mask_findings(
+    table:ScanTable,
+    modality:str|None=None,   # as for open_scan
+)->list[str]: # one phrase each; empty when all masks can be meant. Raises DataError where masks cannot be used
+    "What is odd about the masks of a table, with counts"
+    if in_archive(table) or not (table["mask"] != "").any():
+        return []
+    c = mask_counts(table, modality)
+    if c["bad"]:
+        raise DataError(f"{len(c['bad'])} of {c['n']} masks cannot be used: {c['bad'][0]}")
+    numbers = lambda values: ", ".join(f"{v:g}" for v in values[:9]) + (" …" if len(values) > 9 else "")
+    found = dict(
+        absent=f"lesion values that occur in none of {c['n']} masks: {numbers(c['absent'])} (they hold {numbers(c['seen'])})",
+        empty=f"{c['empty']} of {c['anomalous']} masks of anomalous scans mark nothing (pixel figures leave those scans out)",
+        full=f"{c['full']} of {c['n']} masks mark more than 95 % of their scan",
+        soft=f"{c['soft']} of {c['n']} masks have soft edges (lesion is what lies above half)",
+        coloured=f"{c['coloured']} of {c['n']} masks are drawn in several colours (each counts as lesion)",
+        merged=f"{c['merged']} of {c['n']} masks hold several labels, of {numbers(c['seen'])} (all above 0 count as lesion; lesion=[…] chooses)",
+        many=f"{c['many']} of {c['n']} masks hold more than 256 values, as a scan does")
+    return [text for key, text in found.items() if c[key]]
 
 # %% ../nbs/06_datasets.ipynb #492ca6e9
 def _tensor(x:torch.Tensor)->torch.Tensor:

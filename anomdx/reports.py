@@ -25,7 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from .datasets import healthy_rows
-from .eval import threshold_figures
+from .eval import mask_words, threshold_figures
 from .loaders import atomic_path
 from .runs import Run, answers, evaluate, open_run
 from .train import read_metrics
@@ -301,7 +301,7 @@ def cautions(
         if n["anomalous"] and n["healthy"] and value < 1: out.insert(1, f"Where 1 % of scans are anomalous, this threshold would make about {value:.0%} of flagged scans true findings.")
     if (few := min(f["n_anomalous"], f["n"] - f["n_anomalous"])) < 50: out.append(f"The smaller group has {few} scans: one scan more or less moves a rate by {1 / max(few, 1):.0%}.")
     if f["patients"] == f["n"]: out.append("Every scan counts as a patient of its own. If patients have several scans here, the intervals are too narrow.")
-    return out
+    return out + [line + "." for line in mask_words(f.get("masks") or {})]
 
 # %% ../nbs/63_reports.ipynb #df53b9ee
 END = """<section id="limits"><h2>What this report cannot say</h2><ul>{% for line in cautions %}<li>{{ line }}</li>{% endfor %}</ul></section>

@@ -80,15 +80,27 @@ class Collected:
         run:Run,
         rows:ScanTable,
         keep:int=1,      # 1: all maps; 0: none
-    ): self.run, self.rows, self.keep, self.scores, self.maps, self.masks = run, rows, keep, [], [], []
+    ):
+        self.run, self.rows, self.keep, self.scores, self.maps, self.masks = run, rows, keep, [], [], []
+        self.marked = dict(n=0, empty=0, full=0)   # masks of anomalous scans, on the detector's grid
 
     def __iter__(self)->Iterator[np.ndarray]: # images (C, *S) as the detector sees them, once
         for batch, a in answers(self.run, self.rows):
             for i in range(len(batch["id"])):
-                if a.map is not None and self.keep and len(self.scores) % self.keep == 0 and (batch["has_mask"][i] or batch["label"][i] == 0):
+                place = self.placed(batch, i)
+                if a.map is not None and self.keep and len(self.scores) % self.keep == 0 and place:
                     self.maps.append(a.map[i].numpy().copy()); self.masks.append(batch["mask"][i].numpy().copy())
                 self.scores.append(float(a.score[i]))
             yield from batch["image"].numpy()
+
+    def placed(self, batch:dict, i:int)->bool:
+        "Whether it is known where the lesion of an image is, if it has one; counts the masks"
+        if batch["label"][i] == 0:
+            return True
+        share = float(batch["mask"][i].mean())
+        if batch["has_mask"][i] and batch["label"][i] == 1:
+            for key, counts in dict(n=True, empty=share == 0, full=share > .95).items(): self.marked[key] += counts
+        return bool(batch["has_mask"][i]) and share > 0   # an empty mask of an anomalous scan says nothing
 
     def all(self)->"Collected":
         for _ in self: pass
@@ -132,7 +144,7 @@ def test_rows(
 def localisation(
     got:Collected,   # with all its maps
 )->dict|None: # None where no anomalous scan has a mask, or the detector draws no map
-    "Pixel figures on the detector's grid, over healthy scans and those with a mask"
+    "Pixel figures on the detector's grid, over healthy scans and those with a mask that marks something"
     if not any(t.any() for t in got.masks): return None
     return pixel_figures(got.maps, got.masks, got.run.threshold["pixel"])
 
@@ -171,7 +183,7 @@ def evaluate(
         n=len(rows), n_anomalous=int((rows.label == 1).sum()), prevalence=float((rows.label == 1).mean()), patients=int(rows.patient.nunique()),
         **detection_figures(rows.label, scores.score, rows.patient, cfg.n_boot, run.cfg.seed),
         threshold={k: run.threshold[k] for k in ("value", "target_specificity", "source")},
-        pixel=localisation(got), baselines={k: {"auroc": v["auroc"]} for k, v in trivial.items()},
+        pixel=localisation(got), masks=got.marked, baselines={k: {"auroc": v["auroc"]} for k, v in trivial.items()},
         seed=run.cfg.seed, config_digest=digest(run.cfg))
     keep(result, scores, run.folder if table is None and not where else run.folder/"evaluations"/keyed_hash(f"{table} {where}", digits=8))
     return result
