@@ -160,20 +160,44 @@ def simplify_channels(
     if len(x) == 3 and (x[0] == x[1]).all() and (x[0] == x[2]).all(): x = x[:1]
     return x
 
+# %% ../nbs/00_loaders.ipynb #3b884385
+def bmp_levels(
+    im:Image.Image,         # an open BMP
+    path:Path,              # for messages
+    data:bytes|None=None,   # its bytes, where they are not in a file
+)->Image.Image:             # the same picture, with the levels that its pixels stand for
+    "A BMP whose grey pixels are stored in another width than Pillow thinks, unpacked. Source: Microsoft, BITMAPINFOHEADER"
+    if im.mode not in ("1", "L") or im.tile[0][0] != "raw":
+        return im
+    data = path.read_bytes() if data is None else data
+    core = int.from_bytes(data[14:18], "little") == 12   # OS/2
+    bits, start = int.from_bytes(data[24 if core else 28:][:2], "little"), int.from_bytes(data[10:14], "little")
+    if bits == (8 if im.mode == "L" else 1):
+        return im
+    (width, height), stride = im.size, (im.width * bits + 31) // 32 * 4   # rows end on four bytes
+    rows = np.frombuffer(data, np.uint8, stride * height, start).reshape(height, stride)
+    levels = np.unpackbits(rows, axis=1).reshape(height, -1, bits)[:, :width] @ (1 << np.arange(bits)[::-1])
+    if im.mode == "1":
+        levels = 255 * levels   # of the two colours
+    if levels.max() > 255:
+        raise LoadError(f"{path} has pixels beyond its palette; the file is damaged, save it again")
+    return Image.fromarray(levels[::im.tile[0][3][2]].astype(np.uint8))
+
 # %% ../nbs/00_loaders.ipynb #439b8cac
 def read_picture(
-    path:Path,              # PNG, JPEG or TIFF
+    path:Path,              # PNG, JPEG, TIFF or BMP
     data:bytes|None=None,   # its bytes, where they are not in a file; `path` is then a name for messages
 )->tuple[np.ndarray, dict]:  # (C, H, W) raw values, and what is known about them
     "Raw values of a picture: nothing scaled, nothing windowed"
-    with reading(path, "a picture"), Image.open(path if data is None else io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as im:
+    with reading(path, "a picture"), Image.open(path if data is None else io.BytesIO(data), formats=("PNG", "JPEG", "TIFF", "BMP")) as im:
         modes = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16L", "I;16B", "F")
         if getattr(im, "n_frames", 1) > 1: raise LoadError(f"{path} holds {im.n_frames} pages, a picture has one; save each page to a file")
-        if ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"): raise LoadError(f"{path} holds 16-bit colour, "
+        if im.format != "BMP" and ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"): raise LoadError(f"{path} holds 16-bit colour, "
             "which would be cut to 8 bits; save it as 16-bit grey or 8-bit colour")
         if im.format == "TIFF" and im.tag_v2.get(262) == 0 and im.mode not in ("1", "L"): raise LoadError(
             f"{path} counts from white (WhiteIsZero) with more than 8 bits, which would be shown inverted; save it as BlackIsZero")
         believe(path, 8 * math.prod(im.size) * len(im.getbands()), os.path.getsize(path) if data is None else len(data))
+        if im.format == "BMP": im = bmp_levels(im, path, data)
         turned = im.getexif().get(274, 1)   # EXIF Orientation; a TIFF forgets it when its values are read
         im = ImageOps.exif_transpose(im)
         if im.mode in ("P", "PA"): im = im.convert("RGBA" if im.mode == "PA" or "transparency" in im.info else "RGB")
@@ -714,11 +738,24 @@ ALLOW = dict(
     sform="a NIfTI whose two geometries differ: its sform is trusted", qform="the same: its qform is trusted",
     unoriented="a NIfTI or NRRD that does not say how it lies in the patient: only its voxel size is used")
 
+# %% ../nbs/00_loaders.ipynb #86190396
+def picture_head(
+    path:Path,  # any file
+)->bool:
+    "Whether a file without a suffix begins like a PNG, JPEG, TIFF or BMP"
+    if path.suffix or not path.is_file():
+        return False
+    with open(path, "rb") as f: head = f.read(132)
+    if head[128:] == b"DICM":
+        return False   # a TIFF and a DICOM file in one
+    bitmap = head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124)
+    return bitmap or head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
+
 # %% ../nbs/00_loaders.ipynb #79bb047d
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 def load_scan(
-    path:str|Path,             # .nii, .nii.gz, .nrrd, .nhdr, .png, .jpg, .tif, .dcm, the folder of a DICOM series, FOLDER#key, or file.npz#key/index
+    path:str|Path,             # .nii, .nii.gz, .nrrd, .nhdr, .png, .jpg, .tif, .bmp, .dcm, the folder of a DICOM series, FOLDER#key, or file.npz#key/index
     modality:str|None=None,    # 'mri', 'ct', 'chest_xray', …; a DICOM file says it itself. 'ct' also says that NIfTI and NRRD values are HU
     patient:str|None=None,     # whose scan; only its keyed hash is kept
     allow:tuple[str, ...]=(),  # names in `ALLOW` of what to accept
@@ -733,18 +770,18 @@ def load_scan(
         if name.endswith(".npz"): x, meta = read_npz(file, entry)
         elif file.is_dir() or file.name == "**": x, meta = read_dicom(file, entry, allow, deidentified)
         elif entry: raise LoadError(f"{file} has no part {entry!r}; only .npz files and folders of DICOM files have parts")
-        elif name.endswith(PICTURES): x, meta = read_picture(file)
+        elif name.endswith(PICTURES) or picture_head(file): x, meta = read_picture(file)
         elif name.endswith((".nii", ".nii.gz")): x, meta = read_nifti(file, allow)
         elif name.endswith((".nrrd", ".nhdr")): x, meta = read_nrrd(file, allow)
         elif name.endswith((".dcm", ".ima")) or not file.suffix or dicom_header(file): x, meta = read_dicom(file, "", allow, deidentified)
-        else: raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF and .npz: convert it to NIfTI")
+        else: raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF, BMP and .npz: convert it to NIfTI")
         if modality == "ct" and meta["format"] in ("nifti", "nrrd"): meta["unit"] = "HU"
         meta |= dict(modality=modality or meta.get("modality", ""), patient=keyed_hash(patient) if patient else meta.get("patient") or keyed_hash(str(file) + entry))
         return to_scan(x, str(path), **meta)
 
 # %% ../nbs/00_loaders.ipynb #32f55223
 def load_picture(
-    data:bytes,              # of a PNG, JPEG or TIFF
+    data:bytes,              # of a PNG, JPEG, TIFF or BMP
     name:str,                # what messages call it, such as images.zip#images/1.png
     modality:str|None=None,  # as for load_scan
     patient:str|None=None,   # whose picture; only its keyed hash is kept
