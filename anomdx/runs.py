@@ -9,6 +9,7 @@ __all__ = ['PIXELS', 'Run', 'open_run', 'answers', 'Collected', 'calibrate', 'te
 
 # %% ../nbs/54_runs.ipynb #3f3260d7
 import json, re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,12 @@ from monai.data import MetaTensor
 from tqdm import tqdm
 from .audit import baseline_figures, baseline_scores
 from .config import ConfigError, digest
-from .datasets import SCANS, LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan, read_table, scan_file, table_files
+from .datasets import LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan, read_table, scan_file, scans_below, table_files, tell
 from .eval import detection_figures, pixel_figures
 from .experiment import Config, create_dataset, create_detector, create_table, fitted_preset, load_config, run, run_config, stored_scans
 from .loaders import DataError, atomic_path, keyed_hash, map_suffix, save_map
 from .models import Anomaly, Detector
 from .progressive import LiveTable, stage_table
-from .series import find_series
 from .tables import ScanTable, select_rows
 from .thresholds import conformal_threshold, pixel_threshold
 from .train import load_weights
@@ -184,15 +184,21 @@ def keep(result:dict, scores:pd.DataFrame, out:Path)->None:
 def find_scans(
     inputs:Iterable[str|Path],  # files, DICOM trees, folders of scans, and parts such as file.npz#key/index
 )->list[str]:
-    "The scans that a user means, in order, each once"
-    found = []
+    "The scans that a user means, in order, each once; one line says how many other files there are"
+    found, passed = [], {}
     for path in map(Path, inputs):
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else []
-        scans = [str(p) for p in files if p.name.lower().endswith(SCANS)]
-        if path.is_dir() and (not scans or any(p.suffix.lower() == ".dcm" for p in files)): scans += [s.path for s in find_series(path)]
+        below = scans_below(path) if path.is_dir() else None
+        scans = sorted([*map(str, below.files), *(s.path for s in below.series)]) if below else []
         found += scans or [str(path)]   # a file, or a folder whose refusal says what is missing
-    if not found: raise DataError("no scan to score; give files or folders")
+        if below and below.passed:
+            passed[path] = below.passed
+    if not found:
+        raise DataError("no scan to score; give files or folders")
+    several = len(passed) > 1
+    tell(f"{len(passed)} folders" if several else next(iter(passed), ""),
+         {kind + f" of {path}" * several: n for path, kinds in passed.items() for kind, n in kinds.items()})
     return list(dict.fromkeys(found))
+
 
 # %% ../nbs/54_runs.ipynb #4fa28915
 def score_scan(
