@@ -10,7 +10,7 @@ __all__ = ['FORGIVEN', 'SCANS', 'dicom_rows', 'folder_rows', 'tell_patients', 'r
            'entry_name', 'stored', 'ScanDataset', 'collate', 'make_loader']
 
 # %% ../nbs/06_datasets.ipynb #da1c66d1
-import hashlib, logging, os, re
+import hashlib, logging, math, os, re
 import numpy as np
 import pandas as pd
 import torch
@@ -276,6 +276,23 @@ def healthy_rows(
 )->ScanTable:
     "All that may be learned from: the rows of a split with label 0"
     return table[(table.split == split) & (table.label == 0)].reset_index(drop=True)
+
+# %% ../nbs/06_datasets.ipynb #3533b4d5
+def check_specificity(
+    n:int,              # healthy validation scans, or pixels of theirs
+    target:float,       # share of them to pass, in (0, 1)
+    pixels:bool=False,  # pixels are counted
+)->None:
+    "Refuse a specificity that so few cannot show. Source: split conformal prediction, Lei et al., JASA 2018"
+    kind, what = ("pixel specificity", "pixels") if pixels else ("specificity", "validation scans")
+    key, option = ("pixel", "--pixel-specificity") if pixels else ("target", "--specificity")
+    if not 0 < target < 1:
+        raise ValueError(f"{key}_specificity must lie between 0 and 1, got {target}")
+    need, most = math.ceil(target / (1 - target) - 1e-9), math.floor(1000 * n / (n + 1)) / 1000
+    if n < need:
+        raise DataError(f"a {kind} of {target:g} needs at least {need} healthy {what}, got {n}; add scans" + (
+            f", or ask for at most {most:g}: eval.{key}_specificity={most:g} when training, or "
+            f"anomdx calibrate RUN {option} {most:g} for a run that is trained" if n else ""))
 
 # %% ../nbs/06_datasets.ipynb #1e670237
 def scan_file(
