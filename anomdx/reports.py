@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from .datasets import healthy_rows
 from .eval import mask_words, threshold_figures
 from .loaders import atomic_path
-from .runs import Run, answers, evaluate, open_run
+from .runs import Run, answers, evaluate, open_run, operating_point
 from .train import read_metrics
 from .viz import COLORS, Case, at_threshold, best_baseline, case_range, interval, panels, picture, plot_baselines, plot_roc, plot_scores, plot_training, png, repaint, show_case, verdict
 
@@ -401,7 +401,9 @@ def report_run(
     "Write the report of a finished run"
     folder = Path(folder)
     run = open_run(folder)
-    if not (folder/"metrics.json").is_file(): evaluate(folder)
+    was = json.loads((folder/"metrics.json").read_text()) if (folder/"metrics.json").is_file() else {}
+    if not was or run.threshold is None or was["threshold"] != operating_point(run):
+        evaluate(folder)   # or its thresholds were set anew
     run, scores, table = open_run(folder), pd.read_csv(folder/"scores.csv", dtype={"id": str, "patient": str}), run.table
     train, val = healthy_rows(table, "train"), healthy_rows(table, "val")
     origin, config = json.loads((folder/"provenance.json").read_text()), (folder/"config.yaml").read_text()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScanTable', 'LABELS', 'SPLITS', 'csv_rows', 'check_rows', 'name_columns', 'as_table', 'npz_rows', 'bids_entities',
-           'marks', 'bids_rows', 'decathlon_rows', 'select_rows', 'label_rows']
+           'marks', 'bids_rows', 'bids_passed', 'decathlon_rows', 'select_rows', 'label_rows']
 
 # %% ../nbs/05_tables.ipynb #43e29d3e
 import csv, difflib, io, json, os, re
@@ -186,7 +186,10 @@ def npz_rows(
         parts.append(pd.DataFrame({"path": [f"{Path(path).name}#{images}/{i}" for i in range(n)], "label": label.astype(str),
                                    "split": np.where((label == 1) & (split == "train"), "", split), "finding": finding.astype(str)}))
     if not parts: raise DataError(f"{path} needs train_images and train_labels, it has {', '.join(shapes) or 'nothing'}")
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    used = {f"{split}_{what}" for split in ("train", "val", "test") for what in ("images", "labels")}
+    table.attrs["passed"] = {f"array {name!r}": 1 for name in shapes if name not in used}
+    return table
 
 # %% ../nbs/05_tables.ipynb #086e9015
 def bids_entities(
@@ -211,7 +214,9 @@ def bids_rows(
     suffix:str="",    # 'T1w', 'FLAIR', …; '' where there is one kind only
 )->pd.DataFrame: # texts: path, patient, mask, session, and the columns of participants.tsv
     "The scans of a BIDS data set with their lesion masks. Source: BIDS specification 1.10"
-    files = sorted(os.path.relpath(os.path.join(at, f), folder).replace(os.sep, "/") for at, _, names in os.walk(folder, followlinks=True) for f in names if f.endswith((".nii", ".nii.gz")) and f[0] != ".")
+    every = sorted(os.path.relpath(os.path.join(at, f), folder).replace(os.sep, "/")
+                   for at, _, names in os.walk(folder, followlinks=True) for f in names if f[0] != ".")
+    files = [f for f in every if f.endswith((".nii", ".nii.gz"))]
     found = [(f, bids_entities(f)) for f in files]
     lesions = [(f, e) for f, e in found if e["suffix"] in ("mask", "roi") and ("lesion" in f.lower() or e["suffix"] == "roi" and not e.keys() & {"label", "desc"})]
     scans = [(f, e) for f, e in found if f.startswith("sub-") and "sub" in e and e["suffix"] not in ("mask", "roi")]
@@ -221,13 +226,26 @@ def bids_rows(
     people = csv_rows(Path(folder)/"participants.tsv") if (Path(folder)/"participants.tsv").is_file() else pd.DataFrame({"participant_id": []}, dtype=str)
     if "participant_id" not in people or people.participant_id.duplicated().any(): raise DataError(f"{folder}/participants.tsv needs a column participant_id with one row for each participant")
     people = people.set_index("participant_id").replace("n/a", "").drop(columns=["path", "patient", "mask", "session"], errors="ignore")
-    rows = []
+    rows, used = [], set()
     for f, e in [(f, e) for f, e in scans if e["suffix"] == (suffix or e["suffix"])]:
         own = [m for m, entities in lesions if entities.get("sub") == e["sub"] and marks(entities, e)]
         if len(own) > 1: raise DataError(f"{folder}: {f} has {len(own)} lesion masks, {own[0]} and {own[1]}; keep one, or write a CSV")
+        used |= {f, *own}
         rows.append({"path": f, "patient": f"sub-{e['sub']}", "mask": "".join(own), "session": e.get("ses", "")})
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1)).join(people, on="patient")
-    return table.fillna("")
+    table = table.fillna("")
+    table.attrs["passed"] = bids_passed(every, found, lesions, used, set(people.index) - {f"sub-{e['sub']}" for _, e in scans})
+    return table
+
+def bids_passed(every, found, lesions, used, absent)->dict[str, int]: # kind -> how many
+    "What of a BIDS data set is in no row: other contrasts, lesion masks without a scan, formats that are not read"
+    masks, own = {f for f, _ in lesions}, {f for f, _ in found}
+    companions = (".json", ".tsv", ".bval", ".bvec", ".tsv.gz")   # of a scan
+    passed = Counter("lesion mask without its scan" if f in masks else f"{e['suffix']}" for f, e in found
+                     if f not in used and (f in masks or f.startswith("sub-")))
+    passed += Counter(os.path.splitext(f)[1].lower() or "without a suffix" for f in every
+                      if f.startswith("sub-") and f not in own and not f.endswith(companions))
+    return dict(passed) | ({"participants without a scan": len(absent)} if absent else {})
 
 # %% ../nbs/05_tables.ipynb #085ce516
 def decathlon_rows(
@@ -245,7 +263,13 @@ def decathlon_rows(
     rows = [{"path": i["image"], "mask": i["label"] if isinstance(i.get("label"), str) else "", "part": part}
             | {k if k != "label" else "class": str(v) for k, v in i.items() if k not in ("image", "path", "mask", "part") and isinstance(v, str | int | float) and (k != "label" or not isinstance(v, str))}
             for part, i in items]
-    return pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=None if rows else ["path"], dtype=str).fillna("")
+    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=None if rows else ["path"], dtype=str).fillna("")
+    root, listed = Path(path).parent, {os.path.normpath(r[key]) for r in rows for key in ("path", "mask") if r[key]}
+    beside = {os.path.dirname(p) for p in listed}
+    unlisted = [os.path.normpath(os.path.join(at, f)) for at in sorted(beside) if (root/at).is_dir()
+                for f in os.listdir(root/at) if f.endswith((".nii", ".nii.gz")) and f[0] != "."]
+    table.attrs["passed"] = dict(Counter(f"in {os.path.dirname(f) or '.'}/ not in the list" for f in unlisted if f not in listed))
+    return table
 
 # %% ../nbs/05_tables.ipynb #ba69ab41
 def select_rows(
