@@ -27,7 +27,7 @@ from tqdm import tqdm
 from . import __version__
 from .config import REQUIRED, ConfigError, close_match, digest
 from .loaders import (
-    PICTURES, DataError, as_labels, atomic_path, dicom_header, dicom_headers, fit_mask, keyed_hash, lesion_of, load_mask,
+    FILE_TAGS, PICTURES, DataError, as_labels, atomic_path, dicom_header, dicom_headers, fit_mask, keyed_hash, lesion_of, load_mask,
     load_scan, picture_head, series_groups)
 from .oct import OCT_SUFFIXES, load_oct
 from .series import DICOMDIR, SeriesList, find_series, list_files, read_headers
@@ -188,7 +188,7 @@ def header_patient(
             files = [f for f, _ in series_of(before).get(key, [])[:1]]
         else:
             files = sorted(f for f in file.iterdir() if f.is_file() and f.name[0] != ".")
-        headers = (dicom_header(f, ["PatientID"]) for f in files)
+        headers = (dicom_header(f, FILE_TAGS) for f in files)
         first = next((d for d in headers if d is not None), {})
         return str(first.get("PatientID") or "").strip()
     except (DataError, OSError):   # loading it will say why
