@@ -99,7 +99,9 @@ class Collected:
             return True
         share = float(batch["mask"][i].mean())
         if batch["has_mask"][i] and batch["label"][i] == 1:
-            for key, counts in dict(n=True, empty=share == 0, full=share > .95).items(): self.marked[key] += counts
+            self.marked["n"] += 1
+            self.marked["empty"] += share == 0
+            self.marked["full"] += share > .95
         return bool(batch["has_mask"][i]) and share > 0   # an empty mask of an anomalous scan says nothing
 
     def all(self)->"Collected":
@@ -183,7 +185,8 @@ def evaluate(
         n=len(rows), n_anomalous=int((rows.label == 1).sum()), prevalence=float((rows.label == 1).mean()), patients=int(rows.patient.nunique()),
         **detection_figures(rows.label, scores.score, rows.patient, cfg.n_boot, run.cfg.seed),
         threshold={k: run.threshold[k] for k in ("value", "target_specificity", "source")},
-        pixel=localisation(got), masks=got.marked, baselines={k: {"auroc": v["auroc"]} for k, v in trivial.items()},
+        pixel=localisation(got), masks=got.marked,
+        baselines={k: {"auroc": v["auroc"]} for k, v in trivial.items()},
         seed=run.cfg.seed, config_digest=digest(run.cfg))
     keep(result, scores, run.folder if table is None and not where else run.folder/"evaluations"/keyed_hash(f"{table} {where}", digits=8))
     return result
