@@ -123,8 +123,8 @@ def checked(
     odd = [", ".join(odd)] * bool(odd)
     if table is not None:
         odd += [*table.attrs.get("told", ()), *mask_findings(table, cfg.transform.preset)]
-    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + '; '.join(odd) if odd else 'nothing to object to'}"
-
+    said = "but " + "; ".join(odd) if odd else "nothing to object to"
+    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {said}"
 
 # %% ../nbs/80_cli.ipynb #8eb981f5
 OUT = typer.Option(None, "--out", metavar="DIR", help="run folder; default runs/PRESET")
@@ -181,7 +181,8 @@ def summary(
     rows += [(f"no {what}", why) for what, why in result.get("absent", {}).items()]
     head = f"{result['n']} scans of {result['patients']} patients, {result['n_anomalous']} anomalous; 95 % intervals over patients"
     odd = mask_words(result.get("masks") or {})
-    return "\n".join([head, *(f"  {name:36} {value}" for name, value in rows), *(f"  {line}" for line in odd)])
+    return "\n".join([head, *(f"  {name:36} {value}" for name, value in rows),
+                      *(f"  {line}" for line in odd)])
 
 # %% ../nbs/80_cli.ipynb #774d265c
 @app.command()

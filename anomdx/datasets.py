@@ -27,12 +27,13 @@ from tqdm import tqdm
 from . import __version__
 from .config import REQUIRED, ConfigError, close_match, digest
 from .loaders import (
-    FILE_TAGS, PICTURES, DataError, as_labels, atomic_path, dicom_header, dicom_headers, fit_mask, keyed_hash, lesion_of, load_mask,
-    load_scan, picture_head, series_groups)
+    FILE_TAGS, PICTURES, DataError, as_labels, atomic_path, dicom_header, dicom_headers, fit_mask, keyed_hash,
+    lesion_of, load_mask, load_scan, picture_head, series_groups)
 from .oct import OCT_SUFFIXES, load_oct
 from .series import DICOMDIR, SeriesList, find_series, list_files, read_headers
 from .slides import PATCH_PATH, load_patch
-from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, name_columns, npz_rows, select_rows
+from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, name_columns
+from .tables import npz_rows, select_rows
 
 # %% ../nbs/06_datasets.ipynb #7cc3df50
 FORGIVEN = dict(gap=("missing slices", "slices lie"), tilt=("gantry tilt", "slices are shifted"))   # findings that load_scan repairs when it may
@@ -200,7 +201,8 @@ def header_patients(
     "Who the headers say these scans are, from those that can be DICOM"
     asked = [p for p in paths if not p.lower().endswith((*SCANS, ".npz")) and ".npz#" not in p.lower()]
     with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(header_patient, asked), desc="asking the headers", total=len(asked), delay=2, leave=False, disable=None)
+        bar = tqdm(pool.map(header_patient, asked), desc="asking the headers", total=len(asked), delay=2,
+                   leave=False, disable=None)
         known = dict(zip(asked, bar))
     return [known.get(p, "") for p in paths]
 
@@ -213,7 +215,7 @@ def known_rows(
     folder:Path,        # what their paths are relative to
     source:Path,        # where they came from
     labelled:bool,      # whether they have to say who is healthy
-)->tuple[pd.DataFrame, list[str]]: # the rows, with all that is known of their patients; and what there is to say of it
+)->tuple[pd.DataFrame, list[str]]: # with all that is known of their patients; what there is to say of it
     "Rows under the names that are used here, each with its patient, where anything says who that is"
     free = source.is_file() and source.suffix.lower() not in (".npz", ".json")   # its author chose the names
     columns = [c for c in ("path", "label", "patient", "mask", "split") if labelled or c != "label"]
@@ -228,10 +230,12 @@ def known_rows(
     found = [p if named or not p else keyed_hash(p) for p in asked]   # as `dicom_rows` names them
     patient[empty] = found
     if known := sum(p != "" for p in found):
-        told.append(f"the patient of {known} of {len(rows)} scans is read from DICOM headers, {len(set(found) - {''})} in all")
+        told.append(f"the patient of {known} of {len(rows)} scans is read from DICOM headers, "
+                    f"{len(set(found) - {''})} in all")
     alone = int(((patient == "") | (patient == "scan " + rows.path)).sum())
     if alone == len(rows):
-        hint = "; their names begin with sub-" if rows.path.str.contains(r"(?:^|[/\\])sub-[^/\\]*$").all() else ""
+        sub = rows.path.str.contains(r"(?:^|[/\\])sub-[^/\\]*$").all()
+        hint = "; their names begin with sub-" if sub else ""
         told.append(f"nothing says who is one patient, each of the {alone} scans counts as its own; "
                     f"if some have several, say so in a column 'patient'{hint}")
     elif alone:
@@ -514,8 +518,8 @@ def read_labels(
     allow:Sequence[str]=(),   # as for `load_scan`
 )->MetaTensor:                # labels, (C, *spatial)
     "The labels of a mask with the reader that its path needs"
-    plain = not PATCH_PATH.fullmatch(path) and not re.search(r"\.(vol|e2e|fda|fds|oct)(#[\d/]+)?$", path.lower())
-    return load_mask(path, tuple(allow)) if plain else as_labels(open_scan(path, allow=allow))
+    other = PATCH_PATH.fullmatch(path) or re.search(r"\.(vol|e2e|fda|fds|oct)(#[\d/]+)?$", path.lower())
+    return as_labels(open_scan(path, allow=allow)) if other else load_mask(path, tuple(allow))
 
 def scan_and_labels(
     row:pd.Series,            # of a ScanTable
@@ -524,14 +528,17 @@ def scan_and_labels(
     "What the files of a row hold"
     allow, path, name = str(row.get("allow", "")).split(), row["path"], row["mask"]
     if name and os.path.normpath(name) == os.path.normpath(path):
-        raise DataError(f"{path} is given as its own mask; give the file that marks its lesion, or leave the mask empty")
+        raise DataError(f"{path} is given as its own mask; give the file that marks its lesion, or leave "
+                        "the mask empty")
     scan = open_scan(path, modality, allow=allow)
     scan.meta["patient"], scan.meta["view"] = row["patient"], str(row.get("view", ""))
     if not name:
         return scan, None
     labels = read_labels(name, allow)
-    if labels.shape == scan.shape and torch.equal(labels.as_tensor(), scan.as_tensor()) and len(scan.unique()) > 2:
-        raise DataError(f"the mask {name} holds the values of its scan {path}, not labels; give the file that marks the lesion")
+    same = labels.shape == scan.shape and torch.equal(labels.as_tensor(), scan.as_tensor())
+    if same and len(scan.unique()) > 2:
+        raise DataError(f"the mask {name} holds the values of its scan {path}, not labels; give the file "
+                        "that marks the lesion")
     return scan, fit_mask(labels, scan)
 
 # %% ../nbs/06_datasets.ipynb #5c09a104
@@ -542,7 +549,8 @@ def row_lesion(
     "The lesion of a row, which a healthy scan must not have"
     mask = lesion_of(labels, tuple(float(v) for v in str(row.get("lesion_values", "")).split()))
     if row["label"] == 0 and mask.any():
-        raise DataError(f"{row['path']} has label 0 (healthy), but its mask {row['mask']} marks a lesion; correct one")
+        raise DataError(f"{row['path']} has label 0 (healthy), but its mask {row['mask']} marks a lesion; "
+                        "correct one")
     return mask
 
 # %% ../nbs/06_datasets.ipynb #c5fc2d98
@@ -558,7 +566,7 @@ def load_row(
 def mask_facts(
     row:pd.Series,            # of a ScanTable, with a mask
     modality:str|None=None,   # as for open_scan
-)->dict: # `bad`: why it cannot be used; else `share` of the voxels, `values` (256 at most), `read_as` and how many `colours`
+)->dict: # `bad`: why it cannot be used; else `share`, `values` (256 at most), `many`, `read_as`, `colours`
     "What the mask of a row holds"
     try:
         _, labels = scan_and_labels(row, modality)
@@ -566,34 +574,40 @@ def mask_facts(
     except DataError as e:
         return dict(bad=str(e))
     values = labels.unique()
-    return dict(share=share, values=values[:256].tolist(), many=len(values) > 256, read_as=labels.meta["read_as"],
-                colours=len(labels.meta["colours"]))
+    how, colours = labels.meta["read_as"], len(labels.meta["colours"])
+    many = len(values) > 256
+    return dict(share=share, values=values[:256].tolist(), many=many, read_as=how, colours=colours)
 
 def mask_counts(
     table:ScanTable,
     modality:str|None=None,   # as for open_scan
-)->dict: # n; bad [why]; empty, of `anomalous`; full; soft; grey; coloured; merged; many; absent: lesion values in no mask; seen
+)->dict: # n; bad [why]; empty, of `anomalous`; full; soft; coloured; merged; many; absent and seen values
     "What is odd about the masks of a table; reads each once"
     rows = table[table["mask"] != ""]
-    bar = tqdm(rows.iterrows(), desc="reading the masks", total=len(rows), unit="mask", delay=2, leave=False, disable=None)
+    bar = tqdm(rows.iterrows(), desc="reading the masks", total=len(rows), unit="mask", delay=2, leave=False,
+               disable=None)
     facts = [(row, mask_facts(row, modality)) for _, row in bar]
     good = [(row, f) for row, f in facts if "bad" not in f]
     count = lambda test: sum(bool(test(row, f)) for row, f in good)
     seen = sorted({v for _, f in good for v in f["values"]})
+    many = count(lambda row, f: f["many"])
     asked = sorted({float(v) for text in rows.get("lesion_values", ()) for v in str(text).split()})
-    several = lambda row, f: f["read_as"] == "labels" and not f["colours"] and sum(v > 0 for v in f["values"]) > 1
+    plain = lambda f: f["read_as"] == "labels" and not f["colours"]
+    several = lambda row, f: plain(f) and sum(v > 0 for v in f["values"]) > 1
     return dict(
-        n=len(rows), bad=[f["bad"] for _, f in facts if "bad" in f], anomalous=count(lambda row, f: row["label"] == 1),
-        empty=count(lambda row, f: row["label"] == 1 and not f["share"]), full=count(lambda row, f: f["share"] > .95),
+        n=len(rows), bad=[f["bad"] for _, f in facts if "bad" in f],
+        anomalous=count(lambda row, f: row["label"] == 1),
+        empty=count(lambda row, f: row["label"] == 1 and not f["share"]),
+        full=count(lambda row, f: f["share"] > .95),
         soft=count(lambda row, f: f["read_as"] != "labels"), coloured=count(lambda row, f: f["colours"] > 1),
-        merged=0 if asked else count(several), many=count(lambda row, f: f["many"]),
-        absent=[v for v in asked if v not in seen] if good and not count(lambda row, f: f["many"]) else [], seen=seen)
+        merged=0 if asked else count(several), many=many,
+        absent=[v for v in asked if v not in seen] if good and not many else [], seen=seen)
 
 # %% ../nbs/06_datasets.ipynb #5c09a107
 def mask_findings(
     table:ScanTable,
     modality:str|None=None,   # as for open_scan
-)->list[str]: # one phrase each; empty when all masks can be meant. Raises DataError where masks cannot be used
+)->list[str]: # one phrase each; empty when all can be meant. Raises where masks cannot be used
     "What is odd about the masks of a table, with counts"
     if in_archive(table) or not (table["mask"] != "").any():
         return []
@@ -602,12 +616,15 @@ def mask_findings(
         raise DataError(f"{len(c['bad'])} of {c['n']} masks cannot be used: {c['bad'][0]}")
     numbers = lambda values: ", ".join(f"{v:g}" for v in values[:9]) + (" …" if len(values) > 9 else "")
     found = dict(
-        absent=f"lesion values that occur in none of {c['n']} masks: {numbers(c['absent'])} (they hold {numbers(c['seen'])})",
-        empty=f"{c['empty']} of {c['anomalous']} masks of anomalous scans mark nothing (pixel figures leave those scans out)",
+        absent=f"lesion values that occur in none of {c['n']} masks: {numbers(c['absent'])} (they hold "
+               f"{numbers(c['seen'])})",
+        empty=f"{c['empty']} of {c['anomalous']} masks of anomalous scans mark nothing (pixel figures "
+              "leave those scans out)",
         full=f"{c['full']} of {c['n']} masks mark more than 95 % of their scan",
         soft=f"{c['soft']} of {c['n']} masks have soft edges (lesion is what lies above half)",
         coloured=f"{c['coloured']} of {c['n']} masks are drawn in several colours (each counts as lesion)",
-        merged=f"{c['merged']} of {c['n']} masks hold several labels, of {numbers(c['seen'])} (all above 0 count as lesion; lesion=[…] chooses)",
+        merged=f"{c['merged']} of {c['n']} masks hold several labels, of {numbers(c['seen'])} (all above "
+               "0 count as lesion; lesion=[…] chooses)",
         many=f"{c['many']} of {c['n']} masks hold more than 256 values, as a scan does")
     return [text for key, text in found.items() if c[key]]
 

@@ -223,7 +223,7 @@ def pixel_figures(
 
 # %% ../nbs/50_eval.ipynb #e50a0002
 def mask_words(
-    marked:Mapping[str, int],  # of the masks of anomalous scans: n, and how many of them are `empty` and `full` (over 95 %); may be {}
+    marked:Mapping[str, int],  # of anomalous scans: n, and of them `empty` and `full` (over 95 %); or {}
 )->list[str]:
     "What the pixel figures leave out, or should make one doubt"
     n, out = marked.get("n", 0), []

@@ -1662,7 +1662,7 @@ def save_mask(
 def whole_labels(
     x:torch.Tensor,  # (C, *spatial) as read
     path:str,        # for the refusal
-    step:float=0.,   # between neighbouring values that the file can store (scl_slope); 0 where it is not scaled
+    step:float=0.,   # between neighbouring values that the file can store (scl_slope); 0: not scaled
 )->tuple[torch.Tensor, bool]:  # whole numbers, and whether half of the weight of a label decided
     "The labels that the values of a mask stand for"
     near = max(1e-3, min(.55 * step, .05))   # a label may be stored half a step beside its number
@@ -1675,8 +1675,10 @@ def whole_labels(
     soft = (x > top / 2) * float(top)
     if top and low >= -.5 * top and soft.any():
         return soft, True
-    raise LoadError(f"{path} holds {int(odd.sum())} values that are no whole numbers, such as {float(x[odd][0]):.4g}, "
-                    f"of {x.numel()} from {low:.4g} to {high:.4g}, but a mask needs labels (0 is background); "
+    raise LoadError(f"{path} holds {int(odd.sum())} values that are no whole numbers, such as "
+                    f"{float(x[odd][0]):.4g}, "
+                    f"of {x.numel()} from {low:.4g} to {high:.4g}, but a mask needs labels (0 is "
+                    "background); "
                     "resample it with nearest neighbours, or round it")
 
 # %% ../nbs/00_loaders.ipynb #6d617371
@@ -1688,7 +1690,8 @@ def drawn_labels(
     if len(x) in (2, 4):
         x, alpha = x[:-1], x[-1:]
         if (levels := len(alpha.unique())) > 2:
-            raise LoadError(f"{path} is transparent in {levels} degrees, so that nobody can say where its labels end; "
+            raise LoadError(f"{path} is transparent in {levels} degrees, so that nobody can say where its "
+                            "labels end; "
                             "save them as a grey PNG")
         if (x == x[:, :1, :1]).all():
             return (alpha > 0).float(), {}
@@ -1711,7 +1714,8 @@ def grey_edges(
         return False
     n = torch.histc(x, 256, 0, 255)
     dark, light = n[1:128], n[128:250]
-    return min(int((dark > 0).sum()), int((light > 0).sum())) >= 4 and dark.sum() + light.sum() < n[0] + n[250:].sum()
+    several = min(int((dark > 0).sum()), int((light > 0).sum())) >= 4
+    return several and bool(dark.sum() + light.sum() < n[0] + n[250:].sum())
 
 def own_meta(x:MetaTensor)->dict: return {k: v for k, v in x.meta.items() if k != "affine"}
 
@@ -1724,7 +1728,8 @@ def as_labels(
     if scan.meta["format"] not in ("nifti", "nrrd") and x.ndim == 3:
         x, colours = drawn_labels(x, path)
     if len(x) > 1 and ((x.sum(0) - 1).abs() < 1e-3).all():
-        raise LoadError(f"{path} gives each voxel to one of its {len(x)} channels, the background among them, and does not "
+        raise LoadError(f"{path} gives each voxel to one of its {len(x)} channels, the background among "
+                        "them, and does not "
                         "say which that is; save one channel of labels, or the lesions' channels alone")
     x, soft = whole_labels(x, path, step)
     edges = "soft edges" if soft else "grey edges" if grey_edges(x) else "labels"
@@ -1747,17 +1752,22 @@ def check_dicom_mask(
     path:Path,  # a DICOM file, or a folder of them
 )->None:
     "Refuse a DICOM mask whose stored values are not its labels"
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
-    tags = [Tag(t) for t in ("Modality", "PhotometricInterpretation", "SegmentationType", "LossyImageCompression")]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+    names = ("Modality", "PhotometricInterpretation", "SegmentationType", "LossyImageCompression")
+    tags = [Tag(t) for t in names]
     d = next((h for h in (dicom_header(p, tags) for p in files) if h is not None), Dataset())
     kind = str(d.get("PhotometricInterpretation", ""))
     if kind in ("MONOCHROME1", "PALETTE COLOR"):
-        raise LoadError(f"{path} is {kind}: its values stand for something else than themselves, and a mask needs labels; "
+        raise LoadError(f"{path} is {kind}: its values stand for something else than themselves, and a "
+                        "mask needs labels; "
                         "save it as NIfTI or MONOCHROME2")
     if str(d.get("LossyImageCompression", "")) == "01":
         raise LoadError(f"{path} was compressed with loss, which blurs a mask; save it as NIfTI or PNG")
     if str(d.get("SegmentationType", "BINARY")) != "BINARY":
-        raise LoadError(f"{path} is a DICOM segmentation of fractions, not of labels; convert it to a NIfTI label map "
+        raise LoadError(f"{path} is a DICOM segmentation of fractions, not of labels; convert it to a "
+                        "NIfTI label map "
                         "on the scan's grid")
 
 # %% ../nbs/00_loaders.ipynb #6d617378
@@ -1770,7 +1780,8 @@ def load_mask(
     try: mask = load_scan(path, allow=allow)
     except LoadError as e:
         if (d := dicom_header(file) if file.is_file() else None) is None or d.get("Modality") != "SEG": raise
-        raise LoadError(f"{path} is a DICOM segmentation that is no single volume; convert it to a NIfTI label map on "
+        raise LoadError(f"{path} is a DICOM segmentation that is no single volume; convert it to a NIfTI "
+                        "label map on "
                         "the scan's grid (dcmqi's segimage2itkimage does)") from e
     kind, step = mask.meta["format"], 0.
     if kind == "dicom":
@@ -1792,8 +1803,10 @@ def lesion_of(
     colours = labels.meta.get("colours") or {}
     if lesion and len(colours) > 1:
         found = ", ".join(f"{c} ({n} pixels)" for c, n in list(colours.items())[:5])
-        raise LoadError(f"{labels.meta['source']} has labels in {len(colours)} colours, {found}, which have no values that "
-                        f"lesion={list(lesion)} could choose from; save it as a grey or palette PNG with a number for each label")
+        raise LoadError(f"{labels.meta['source']} has labels in {len(colours)} colours, {found}, which "
+                        "have no values that "
+                        f"lesion={list(lesion)} could choose from; save it as a grey or palette PNG with "
+                        "a number for each label")
     if lesion: found = torch.isin(labels, torch.tensor(lesion, dtype=labels.dtype))
     else: found = labels > (127.5 if labels.meta["read_as"] == "grey edges" else 0)
     return found.any(0, keepdim=True).float()   # (C, *spatial) -> (1, *spatial)
@@ -1813,12 +1826,14 @@ def fit_mask(
     placed = (scan.meta["oriented"] or mask.meta["oriented"]) and not drawn
     if placed and sorted(flat(own)) == sorted(flat(shape)):
         x = x.reshape(len(x), *full(own))
-        order = nib.orientations.ornt_transform(*map(nib.orientations.io_orientation, (affine, np.asarray(scan.affine))))
+        target = np.asarray(scan.affine)
+        order = nib.orientations.ornt_transform(*map(nib.orientations.io_orientation, (affine, target)))
         x = np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(x, 0, -1), order), -1, 0)
         affine = affine @ nib.orientations.inv_ornt_aff(order, full(own))
-        seen = [*(i for i, n in enumerate(full(shape)) if n > 1), 3]   # the step along an axis of one voxel moves nothing
-        if full(shape) != x.shape[1:] or not np.allclose(affine[:, seen], np.asarray(scan.affine)[:, seen], atol=1e-2):
-            raise DataError(f"the mask {name} lies elsewhere than its scan {scan.meta['source']} (the affines differ); "
+        seen = [*(i for i, n in enumerate(full(shape)) if n > 1), 3]   # of one voxel, the step moves nothing
+        if full(shape) != x.shape[1:] or not np.allclose(affine[:, seen], target[:, seen], atol=1e-2):
+            raise DataError(f"the mask {name} lies elsewhere than its scan {scan.meta['source']} (the "
+                            "affines differ); "
                             "resample it to the scan's grid")
     elif flat(own) != flat(shape):
         raise DataError(f"the mask {name} has the shape {own}, its scan {scan.meta['source']} has {shape}; "

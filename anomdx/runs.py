@@ -110,7 +110,9 @@ class Collected:
             return True
         share = float(batch["mask"][i].mean())
         if batch["has_mask"][i] and batch["label"][i] == 1:
-            for key, counts in dict(n=True, empty=share == 0, full=share > .95).items(): self.marked[key] += counts
+            self.marked["n"] += 1
+            self.marked["empty"] += share == 0
+            self.marked["full"] += share > .95
         return bool(batch["has_mask"][i]) and share > 0   # an empty mask of an anomalous scan says nothing
 
     def all(self)->"Collected":

@@ -20,7 +20,8 @@ from .loaders import DataError, keyed_hash, npz_images
 NAMES = dict(   # column -> other names that mean it, in small letters without blanks and marks
     path=r"((image|img|scan|picture|file)(path|file|filename|name|index)?|path)s?",
     label=r"(class|target|y|(class|target)?labels?)",
-    patient=r"(id|anon)?(patient|subject|subj|participant|person|case)s?(id|no|nr|num|number|code|key|uid|hash|name)?s?|pid|mrn|sub|subid",
+    patient=r"(id|anon)?(patient|subject|subj|participant|person|case)s?"
+            r"(id|no|nr|num|number|code|key|uid|hash|name)?s?|pid|mrn|sub|subid",
     mask=r"(lesion)?(mask|segmentation|seg)s?(path|file|filename|image|name)?",
     split=r"(data|dataset)?(split|set|subset|fold|partition)s?")
 
@@ -100,7 +101,8 @@ def nearly(
     "Whether a name is a column's, mistyped"
     words = [column, *(("patientid", "subject", "participant") if column == "patient" else ())]
     swapped = len(bare(name)) > 3 and any(sorted(bare(name)) == sorted(w) for w in words)
-    return swapped or any(len(w) > 6 and abs(len(bare(name)) - len(w)) < 3 and difflib.SequenceMatcher(None, bare(name), w).ratio() > .85 for w in words)
+    long = [w for w in words if len(w) > 6 and abs(len(bare(name)) - len(w)) < 3]
+    return swapped or any(difflib.SequenceMatcher(None, bare(name), w).ratio() > .85 for w in long)
 
 # %% ../nbs/05_tables.ipynb #0a5c3109
 def column_for(
@@ -112,16 +114,21 @@ def column_for(
     filled = [name for name in raw if name not in NAMES and (raw[name] != "").any()]
     found = [name for name in filled if means(name) == column]
     fit = [name for name in found if bare(name) == column or could_be(column, set(raw[name]) - {""})]
-    groups = {name: tuple(pd.factorize(raw[name])[0]) if column == "patient" else tuple(raw[name]) for name in fit}
+    same = lambda name: pd.factorize(raw[name])[0] if column == "patient" else raw[name]
+    groups = {name: tuple(same(name)) for name in fit}
     if len(set(groups.values())) > 1:
-        raise DataError(f"{source}: the {column} could be read from the columns {' and '.join(map(repr, fit[:3]))}, which differ; "
+        raise DataError(f"{source}: the {column} could be read from the columns "
+                        f"{' and '.join(map(repr, fit[:3]))}, which differ; "
                         f"rename the right one to {column!r}")
     asked = [name for name in filled if nearly(name, column) and not means(name)]
-    if column == "split": asked += [n for n in found if n not in fit and {v.lower() for v in raw[n]} <= SPOKEN | {""}]
+    if column == "split":
+        asked += [n for n in found if n not in fit and {v.lower() for v in raw[n]} <= SPOKEN | {""}]
     if column in ("path", "label"): asked += [name for name in found if name not in fit]
     if not fit and asked:
-        needs = {"split": ", with the values train, val, test or nothing", "label": ", with the values 0 (healthy), 1 (anomalous) or -1 (unknown)"}
-        raise DataError(f"{source} has no column {column!r}, did you mean {asked[0]!r}? Rename it to {column!r}{needs.get(column, '')}, "
+        needs = {"split": ", with the values train, val, test or nothing",
+                 "label": ", with the values 0 (healthy), 1 (anomalous) or -1 (unknown)"}
+        raise DataError(f"{source} has no column {column!r}, did you mean {asked[0]!r}? Rename it to "
+                        f"{column!r}{needs.get(column, '')}, "
                         "or to something else if it is none")
     return fit[0] if fit else ""
 
@@ -130,7 +137,7 @@ def name_columns(
     raw:pd.DataFrame,             # texts of a table, as its author named the columns
     source:str|Path,              # the file, for messages
     columns:Sequence[str]=tuple(NAMES), # which of path, label, patient, mask and split to look for
-)->tuple[pd.DataFrame, dict[str, str]]: # with the names of a ScanTable; and the column that each was read from
+)->tuple[pd.DataFrame, dict[str, str]]: # with the names of a ScanTable; which column each was
     "A table under the names that are used here, or a DataError that asks which column is meant"
     taken = {}
     for column in columns:
@@ -140,7 +147,8 @@ def name_columns(
             taken[column] = name
     kept = raw.drop(columns=[c for c in taken if c in raw])
     kept = kept.rename(columns={name: column for column, name in taken.items()})
-    again = {name: kept[column] for column, name in taken.items() if column in ("label", "split")}   # a query may ask for it
+    asked = ("label", "split")   # by a query, under the name that the author gave
+    again = {name: kept[column] for column, name in taken.items() if column in asked}
     kept.attrs = dict(raw.attrs)
     return kept.assign(**again), taken
 
