@@ -57,7 +57,8 @@ def main(
     else: warnings.simplefilter("ignore")   # of libraries; our own findings are errors
     shown = logging.StreamHandler(sys.stderr)
     shown.addFilter(Once())
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(message)s", handlers=[shown])
+    level = logging.INFO if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[shown])
     logging.getLogger("anomdx").setLevel(logging.INFO)
     try: sys.exit(app(args or ["--help"], standalone_mode=False))
     except typer.Exit as e: sys.exit(e.exit_code)
@@ -115,7 +116,8 @@ def checked(
     check_validation(cfg, table)
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
     odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unlisted") and n]
-    left_out = dict(refused="refused series", passed="files that are not read", unused="rows that are not used")
+    left_out = {"refused": "refused series", "passed": "files that are not read",
+                "unused": "rows that are not used"}
     for key, what in left_out.items() if table is not None else ():
         given = table.attrs.get(key) or {}
         n = len(given) if key == "refused" else sum(given.values())
@@ -188,18 +190,21 @@ def summary(
 @app.command()
 def calibrate(
     run:Path=typer.Argument(..., help="a run folder"),
-    specificity:Optional[float]=typer.Option(None, help="share of healthy scans to pass, such as 0.9; default as before"),
-    pixel_specificity:Optional[float]=typer.Option(None, help="share of the pixels of healthy scans to pass; default as before"),
+    specificity:Optional[float]=typer.Option(None, help="share of healthy scans to pass, such as 0.9"),
+    pixel_specificity:Optional[float]=typer.Option(None, help="share of the pixels of healthy scans to pass"),
 )->None:
     "Set the thresholds of a run anew, from its healthy validation scans."
     from anomdx import runs
     opened = runs.open_run(run)
     was = opened.threshold
     now = runs.calibrate(opened, specificity, pixel_specificity)
-    pixels = "" if now["pixel"] is None else f", pixel threshold {now['pixel']:.4g} passes {now['pixel_specificity']:.4%} of their pixels"
-    before = f"; before it was {was['value']:.4g} for {was['target_specificity']:.4g}" if was else ""
-    print(f"{run}: threshold {now['value']:.4g} passes {now['target_specificity']:.4g} of healthy scans, from {now['n']} of them{pixels}{before}. "
-          f"Next: anomdx evaluate {run}")
+    share = f"{now['target_specificity']:.4g} of healthy scans, from {now['n']} of them"
+    text = f"{run}: threshold {now['value']:.4g} passes {share}"
+    if now["pixel"] is not None:
+        text += f", pixel threshold {now['pixel']:.4g} passes {now['pixel_specificity']:.4g} of their pixels"
+    if was:
+        text += f"; before it was {was['value']:.4g} for {was['target_specificity']:.4g}"
+    print(f"{text}. Next: anomdx evaluate {run}")
 
 # %% ../nbs/80_cli.ipynb #ec5158c4
 @app.command()

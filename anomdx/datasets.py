@@ -46,12 +46,13 @@ def dicom_rows(
     "The series of a tree that load as one scan each"
     forgiven = [text for name, texts in FORGIVEN.items() if name in allow for text in texts]
     why = lambda s: "; ".join(f for f in s.findings if not any(t in f for t in forgiven))
-    found = [(os.path.relpath(s.path, folder), s, why(s)) for s in (find_series(folder) if series is None else series)]
+    series = find_series(folder) if series is None else series
+    found = [(os.path.relpath(s.path, folder), s, why(s)) for s in series]
     rows = [(path, s.patient or f"scan {path}", s.modality) for path, s, bad in found if not bad]
     return pd.DataFrame(rows, columns=["path", "patient", "modality"], dtype=str), {path: bad for path, _, bad in found if bad}
 
 # %% ../nbs/06_datasets.ipynb #95e0da33
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}   # beside hidden files, which are never looked at
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}   # beside hidden files
 
 def file_kind(
     path:Path,  # a file that is not read
@@ -93,7 +94,8 @@ def is_written(at:Path)->bool:
 def belongs(f:Path, there:set[Path])->bool:
     "Whether a file is a part of a scan beside it: the values of a .nhdr, the notes of an .oct"
     stem = f.name.split(".")[0]
-    return f.with_name(f"{stem}.nhdr") in there or f.suffix.lower() == ".txt" and f.with_suffix(".oct") in there
+    notes = f.suffix.lower() == ".txt" and f.with_suffix(".oct") in there
+    return notes or f.with_name(f"{stem}.nhdr") in there
 
 # %% ../nbs/06_datasets.ipynb #c6e5451c
 def scans_below(
@@ -101,9 +103,11 @@ def scans_below(
 )->Found:
     "Every scan in a tree, and a count of every other file"
     root, (files, odd), passed = Path(folder), list_files(folder), Counter()
-    written = {f.parent for f in files if f.name in ("config.yaml", "scores.csv") and f.parent != root and is_written(f.parent)}
+    marks = {f.parent for f in files if f.name in ("config.yaml", "scores.csv") and f.parent != root}
+    written = {at for at in marks if is_written(at)}
     wrote = [f for f in files if not written.isdisjoint(f.parents)]
-    files = sorted({*files} - {*wrote} - {f for f in files if f.name.lower() in LITTER or "__MACOSX" in f.parts})
+    litter = [f for f in files if f.name.lower() in LITTER or "__MACOSX" in f.relative_to(root).parts]
+    files = sorted({*files} - {*wrote} - {*litter})
     scans = [f for f in files if f.name.lower().endswith(SCANS)]
     there, plain = {*scans}, {}
     rest = [f for f in files if f not in there and not belongs(f, there)]
@@ -111,11 +115,15 @@ def scans_below(
     series = find_series(root) if set(kinds.values()) - {"not DICOM"} else SeriesList([], root, {}, [])
     used = {f for s in series for f in s.files}
     others = {f: kind for kind, found in series.others.items() for f in found if f in kinds}
-    for f in rest:
-        if (kind := others.get(f, "not DICOM")) == "not DICOM" and f not in used: plain[f] = "" if picture_head(f) else file_kind(f)
-        elif kind != DICOMDIR and f not in used: plain[f] = kind
+    for f in (f for f in rest if f not in used):
+        kind = others.get(f, "not DICOM")
+        if kind == "not DICOM":
+            plain[f] = "" if picture_head(f) else file_kind(f)
+        elif kind != DICOMDIR:
+            plain[f] = kind
     plain |= {f: kind for kind, found in odd.items() if kind != "hidden" for f in found}
-    plain |= {f: "written by anomdx" for f in wrote} | {f: "missing, listed in DICOMDIR" for f in series.missing}
+    plain |= dict.fromkeys(wrote, "written by anomdx")
+    plain |= dict.fromkeys(series.missing, "missing, listed in DICOMDIR")
     for f, kind in plain.items():
         top = f.relative_to(root).parts[:-1][:1] if root in f.parents else ()
         if kind: passed[kind + "".join(f" in {name}/" for name in top)] += 1
@@ -143,17 +151,19 @@ def folder_rows(
         scans = []
     rows = pd.concat([pd.DataFrame({"path": scans}, dtype=str), rows]).fillna("").sort_values("path", ignore_index=True)
     label = {"healthy": "0", "anomalous": "1"}
-    rows = rows.assign(label=[label.get(p.split(os.sep)[0], "-1") for p in rows.path]).set_index(rows.index + 1)
+    rows["label"] = [label.get(p.split(os.sep)[0], "-1") for p in rows.path]
+    rows.index += 1
     tell_patients(folder, scans)
     rows.attrs["passed"] = passed
     return rows, refused
 
 def tell_patients(folder:str|Path, scans:Sequence[str])->None:
-    "Say that files in one sub-folder count as several patients; whether the sub-folder is a patient, nobody knows"
+    "Say that files in one sub-folder count as several patients; whether it is one patient, nobody knows"
     deep = [p for p, n in Counter(os.path.dirname(f) for f in scans).items() if n > 1 and os.sep in p]
     if deep:
-        logging.getLogger("anomdx.datasets").warning("%s: every file counts as a patient of its own, also the several "
-            "in each of %d sub-folders, such as %s; where a sub-folder is one patient, write a CSV with the column patient",
+        logging.getLogger("anomdx.datasets").warning(
+            "%s: every file counts as a patient of its own, also the several in each of %d sub-folders, "
+            "such as %s; where a sub-folder is one patient, write a CSV with the column patient",
             folder, len(deep), deep[0])
 
 
@@ -257,10 +267,13 @@ def read_table(
     rows, folder, refused = read_rows(path := Path(source), suffix, lesion, allow)
     rows, told = known_rows(rows, folder, path, labelled=not (healthy or anomalous))
     if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
-    passed, held = rows.attrs.get("passed", {}), ", only series that are refused" if refused else ""
+    passed = rows.attrs.get("passed", {})
     tell(path, passed)
-    if rows.empty and "path" in rows: raise DataError(f"{path} holds no scans{held}{', but what is not read: ' * bool(passed)}"
-        f"{', '.join(f'{n} {kind}' for kind, n in passed.items())}")
+    if rows.empty and "path" in rows:
+        held = ", only series that are refused" if refused else ""
+        held += ", but what is not read: " * bool(passed)
+        held += ", ".join(f"{n} {kind}" for kind, n in passed.items())
+        raise DataError(f"{path} holds no scans{held}")
     known, asked = "label" in rows and set(rows.label) != {"-1"}, bool(healthy or anomalous)
     if known and asked: raise ConfigError(f"{path} has labels of its own; healthy and anomalous are for sources without")
     if not known and not asked and path.suffix != ".csv" and "label" not in rows: raise DataError(f"{path} does not say who is healthy; "

@@ -111,8 +111,9 @@ def check_validation(
         n = sum(images for split, _, _, images in cohort_plan(cfg.data) if split == "val")
     else:
         n = len(healthy_rows(table, "val"))
+    pixels = n * cfg.transform.size ** cfg.transform.spatial_dims
     check_specificity(n, cfg.eval.target_specificity)
-    check_specificity(n * cfg.transform.size ** cfg.transform.spatial_dims, cfg.eval.pixel_specificity, pixels=True)
+    check_specificity(pixels, cfg.eval.pixel_specificity, pixels=True)
 
 
 # %% ../nbs/49_experiment.ipynb #43790621
@@ -261,7 +262,7 @@ def claim_folder(
     if isinstance(cfg.data, StreamData): free.append("data.source")   # the same images from elsewhere; the digest of the data says whether they are
     if cfg.train.schedule == "constant" and not getattr(cfg.data, "stages", []): free.append("train.epochs")   # else what a step does depends on them
     other = [k for k in [*new, *old] if new.get(k) != old.get(k) and k not in free]
-    key = next((k for k in other if not k.startswith("eval.")), None)   # how a run is judged does not touch its training
+    key = next((k for k in other if not k.startswith("eval.")), None)   # judging does not touch training
     if key: raise ConfigError(f"{folder} holds another run: its {key} is {old.get(key, 'absent')!r}, not {new.get(key, 'absent')!r}; "
                               "choose another folder with --out" + (", or resume with its own options" if resume else ""))
     if not resume: raise ConfigError(f"{folder} already holds this run; go on with --resume, or choose another folder with --out")

@@ -179,12 +179,13 @@ def bmp_levels(
     path:Path,              # for messages
     data:bytes|None=None,   # its bytes, where they are not in a file
 )->Image.Image:             # the same picture, with the levels that its pixels stand for
-    "A BMP whose grey pixels are stored in another width than Pillow thinks, unpacked. Source: Microsoft, BITMAPINFOHEADER"
+    "A BMP whose grey pixels are wider than Pillow thinks, unpacked. Source: Microsoft, BITMAPINFOHEADER"
     if im.mode not in ("1", "L") or im.tile[0][0] != "raw":
         return im
     data = path.read_bytes() if data is None else data
     core = int.from_bytes(data[14:18], "little") == 12   # OS/2
-    bits, start = int.from_bytes(data[24 if core else 28:][:2], "little"), int.from_bytes(data[10:14], "little")
+    bits = int.from_bytes(data[24 if core else 28:][:2], "little")
+    start = int.from_bytes(data[10:14], "little")
     if bits == (8 if im.mode == "L" else 1):
         return im
     (width, height), stride = im.size, (im.width * bits + 31) // 32 * 4   # rows end on four bytes
@@ -202,11 +203,13 @@ def read_picture(
     data:bytes|None=None,   # its bytes, where they are not in a file; `path` is then a name for messages
 )->tuple[np.ndarray, dict]:  # (C, H, W) raw values, and what is known about them
     "Raw values of a picture: nothing scaled, nothing windowed"
-    with reading(path, "a picture"), Image.open(path if data is None else io.BytesIO(data), formats=("PNG", "JPEG", "TIFF", "BMP")) as im:
+    source, formats = path if data is None else io.BytesIO(data), ("PNG", "JPEG", "TIFF", "BMP")
+    with reading(path, "a picture"), Image.open(source, formats=formats) as im:
         modes = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16L", "I;16B", "F")
         if getattr(im, "n_frames", 1) > 1: raise LoadError(f"{path} holds {im.n_frames} pages, a picture has one; save each page to a file")
-        if im.format != "BMP" and ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"): raise LoadError(f"{path} holds 16-bit colour, "
-            "which would be cut to 8 bits; save it as 16-bit grey or 8-bit colour")
+        if im.format != "BMP" and ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"):
+            raise LoadError(f"{path} holds 16-bit colour, which would be cut to 8 bits; "
+                            "save it as 16-bit grey or 8-bit colour")
         if im.format == "TIFF" and im.tag_v2.get(262) == 0 and im.mode not in ("1", "L"): raise LoadError(
             f"{path} counts from white (WhiteIsZero) with more than 8 bits, which would be shown inverted; save it as BlackIsZero")
         believe(path, 8 * math.prod(im.size) * len(im.getbands()), os.path.getsize(path) if data is None else len(data))

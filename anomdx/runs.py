@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 from monai.data import MetaTensor
 from tqdm import tqdm
-from .audit import Baseline, baseline_arrays, baseline_figures, baselines_from, fit_baselines, score_baselines
+from .audit import Baseline, baseline_arrays, baseline_figures, baselines_from
+from .audit import fit_baselines, score_baselines
 from .config import ConfigError, digest, to_yaml
 from .datasets import LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan, read_table, scan_file, scans_below, table_files, tell
 from .eval import detection_figures, pixel_figures
@@ -51,10 +52,12 @@ class Run:
 
 def training_table(run:Run)->ScanTable:
     "The table of a run, or a DataError that says what can be done without it"
-    source = Path(getattr(run.cfg.data, "table", run.folder))   # a made cohort is in the folder, an archive says itself what it lacks
+    source = Path(getattr(run.cfg.data, "table", run.folder))   # others are in the folder, or far away
     if not source.exists():
-        raise DataError(f"the table that {run.folder} was trained from, {source}, is not on this machine; copy it here and write its place "
-            f"into {run.folder}/config.yaml as data.table, or judge other scans: anomdx evaluate {run.folder} --table TABLE")
+        raise DataError(
+            f"the table that {run.folder} was trained from, {source}, is not on this machine; copy it here "
+            f"and write its place into {run.folder}/config.yaml as data.table, or judge other scans: "
+            f"anomdx evaluate {run.folder} --table TABLE")
     return create_table(run.cfg, run.folder)
 
 def open_run(
@@ -128,9 +131,9 @@ def healthy_images(
     rows = healthy_rows(run.table, "train")
     if in_archive(rows) and len(rows) > most: rows = rows.sample(most, random_state=run.cfg.seed).sort_values("member", ignore_index=True)
     cache = getattr(run.cfg.data, "cache", "off")
-    dataset = create_dataset(run.cfg, rows, run.preset, "off" if cache == "memory" else cache)   # a folder has them already
-    bar = tqdm(total=len(rows), desc="measuring healthy images", unit="scan", delay=2, leave=False, disable=None)
-    with bar:
+    cache = "off" if cache == "memory" else cache   # a folder has them already
+    dataset = create_dataset(run.cfg, rows, run.preset, cache)
+    with tqdm(total=len(rows), desc="healthy images", unit="scan", delay=2, leave=False, disable=None) as bar:
         for batch in make_loader(dataset, 16, shuffle=False):
             yield from batch["image"].numpy()
             bar.update(len(batch["id"]))
@@ -149,7 +152,8 @@ def keep_reference(run:Run)->Reference:
     if not path.is_file():
         try: table = run.table
         except DataError as e: return Reference(None, {}, f"{path.name} is not in the run folder, and {e}")
-        arrays = {f"patients/{s}": np.unique(table.patient[table.split == s].to_numpy(str)) for s in ("train", "val")}
+        people = {s: table.patient[table.split == s] for s in ("train", "val")}
+        arrays = {f"patients/{s}": np.unique(p.to_numpy(str)) for s, p in people.items()}
         try: arrays |= baseline_arrays(fit_baselines(healthy_images(run)))
         except (DataError, ValueError): pass   # `evaluate` says why, a threshold does not need them
         with atomic_path(path) as part: np.savez_compressed(part, **arrays)
@@ -168,10 +172,12 @@ def calibrate(
 )->dict: # also written to threshold.json, and set on the run; what was asked for is written to config.yaml
     "Thresholds for scores and pixels that keep the specificities asked for"
     asked = dict(target_specificity=specificity, pixel_specificity=pixel_specificity)
-    cfg = replace(run.cfg, eval=replace(run.cfg.eval, **{k: float(v) for k, v in asked.items() if v is not None}))
+    asked = {k: float(v) for k, v in asked.items() if v is not None}
+    cfg = replace(run.cfg, eval=replace(run.cfg.eval, **asked))
     scores, pixel = validation_answers(run, cfg)
     run.threshold = dict(
-        value=conformal_threshold(scores, cfg.eval.target_specificity), target_specificity=cfg.eval.target_specificity,
+        value=conformal_threshold(scores, cfg.eval.target_specificity),
+        target_specificity=cfg.eval.target_specificity,
         source="healthy validation", n=len(scores), pixel=pixel, pixel_specificity=cfg.eval.pixel_specificity)
     if cfg != run.cfg:
         run.cfg = cfg
@@ -195,7 +201,8 @@ def validation_answers(
     size = cfg.transform.size ** cfg.transform.spatial_dims
     got = Collected(run, rows, keep=-(-len(rows) * size // PIXELS)).all()
     with atomic_path(kept) as part: rows[["id", "patient"]].assign(score=got.scores).to_csv(part, index=False)
-    return np.array(got.scores), pixel_threshold(got.maps, target=cfg.eval.pixel_specificity) if got.maps else None
+    pixel = pixel_threshold(got.maps, target=cfg.eval.pixel_specificity) if got.maps else None
+    return np.array(got.scores), pixel
 
 
 # %% ../nbs/54_runs.ipynb #6a0e6ef2
@@ -209,7 +216,8 @@ def test_rows(
     else:
         every = read_table(table)
         rows = every[every.split == "test"] if (every.split == "test").any() else every
-        unused = {"of other splits than test": len(every) - len(rows), "with an unknown label": int((rows.label < 0).sum())}
+        unknown = int((rows.label < 0).sum())
+        unused = {"of other splits than test": len(every) - len(rows), "with an unknown label": unknown}
         tell(table, {why: n for why, n in unused.items() if n}, f"of {len(every)} rows are not judged")
         known = (keep_reference(run).patients or set()) & set(rows.patient)
         if known: raise LeakError(f"{len(known)} patients of {table} are in train or val of {run.folder}, such as {sorted(known)[0]}; remove them from the table")
@@ -263,7 +271,7 @@ def known_baselines(
     run:Run,
     kept:Reference,
     needed:bool,     # raise where there are none
-)->tuple[dict[str, Baseline], dict[str, str]]: # fitted; and what an evaluation has to do without -> why, also logged
+)->tuple[dict[str, Baseline], dict[str, str]]: # fitted; and what is absent -> why, also logged
     "The trivial baselines of a run, where they are known"
     fitted, absent = kept.baselines, {}
     if kept.patients is None:
@@ -274,10 +282,12 @@ def known_baselines(
             if needed: raise
             absent = {"baselines": str(e)}
     if absent:
-        logging.getLogger("anomdx.runs").warning("%s: absent are %s: %s", run.folder, " and the ".join(absent), absent["baselines"])
+        what, why = " and the ".join(absent), absent["baselines"]
+        logging.getLogger("anomdx.runs").warning("%s: absent are %s: %s", run.folder, what, why)
     return fitted, absent
 
-def operating_point(run:Run)->dict: return {k: run.threshold[k] for k in ("value", "target_specificity", "source")}
+def operating_point(run:Run)->dict:
+    return {k: run.threshold[k] for k in ("value", "target_specificity", "source")}
 
 def keep(result:dict, scores:pd.DataFrame, out:Path)->None:
     with atomic_path(out/"scores.csv") as part: scores.to_csv(part, index=False)

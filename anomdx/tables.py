@@ -242,11 +242,12 @@ def bids_rows(
         rows.append({"path": f, "patient": f"sub-{e['sub']}", "mask": "".join(own), "session": e.get("ses", "")})
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1)).join(people, on="patient")
     table = table.fillna("")
-    table.attrs["passed"] = bids_passed(every, found, lesions, used, set(people.index) - {f"sub-{e['sub']}" for _, e in scans})
+    absent = set(people.index) - {f"sub-{e['sub']}" for _, e in scans}
+    table.attrs["passed"] = bids_passed(every, found, lesions, used, absent)
     return table
 
 def bids_passed(every, found, lesions, used, absent)->dict[str, int]: # kind -> how many
-    "What of a BIDS data set is in no row: other contrasts, lesion masks without a scan, formats that are not read"
+    "What of a BIDS data set is in no row: other contrasts, masks without a scan, formats that are not read"
     masks, own = {f for f, _ in lesions}, {f for f, _ in found}
     companions = (".json", ".tsv", ".bval", ".bvec", ".tsv.gz")   # of a scan
     passed = Counter("lesion mask without its scan" if f in masks else f"{e['suffix']}" for f, e in found
@@ -272,11 +273,13 @@ def decathlon_rows(
             | {k if k != "label" else "class": str(v) for k, v in i.items() if k not in ("image", "path", "mask", "part") and isinstance(v, str | int | float) and (k != "label" or not isinstance(v, str))}
             for part, i in items]
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=None if rows else ["path"], dtype=str).fillna("")
-    root, listed = Path(path).parent, {os.path.normpath(r[key]) for r in rows for key in ("path", "mask") if r[key]}
+    root = Path(path).parent
+    listed = {os.path.normpath(r[key]) for r in rows for key in ("path", "mask") if r[key]}
     beside = {os.path.dirname(p) for p in listed}
     unlisted = [os.path.normpath(os.path.join(at, f)) for at in sorted(beside) if (root/at).is_dir()
                 for f in os.listdir(root/at) if f.endswith((".nii", ".nii.gz")) and f[0] != "."]
-    table.attrs["passed"] = dict(Counter(f"in {os.path.dirname(f) or '.'}/ not in the list" for f in unlisted if f not in listed))
+    places = Counter(os.path.dirname(f) or "." for f in unlisted if f not in listed)
+    table.attrs["passed"] = {f"in {at}/ not in the list": n for at, n in places.items()}
     return table
 
 # %% ../nbs/05_tables.ipynb #ba69ab41
