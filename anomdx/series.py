@@ -23,7 +23,8 @@ from monai.data import ImageReader, MetaTensor
 from pydicom.datadict import tag_for_keyword
 from pydicom.uid import UID
 from tqdm import tqdm
-from .loaders import HEADER_TAGS, MODALITIES, NUMBERS, QUIET, WHOLE, LoadError, header_findings, keyed_hash, load_scan, read_header, read_series, reading, series_findings, series_geometry, series_groups, to_scan
+from .loaders import (HEADER_TAGS, MODALITIES, NUMBERS, QUIET, WHOLE, LoadError, header_findings, keyed_hash, load_scan, read_header, 
+    read_series, reading, series_findings, series_geometry, series_groups, to_scan)
 
 # %% ../nbs/05_series.ipynb #2417bf8d
 def list_files(
@@ -45,7 +46,8 @@ def list_files(
 
 # %% ../nbs/05_series.ipynb #8384fd7d
 HEAD = 1 << 15   # bytes; most headers are shorter
-TAGS = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, *NUMBERS, *WHOLE, "SequenceOfUltrasoundRegions", "SOPInstanceUID")})
+TAGS = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, *NUMBERS, *WHOLE, "SequenceOfUltrasoundRegions",
+    "SOPInstanceUID")})
 
 def parse_header(
     path:Path,   # any file
@@ -64,7 +66,7 @@ def parse_header(
     syntax, kept = UID(d.file_meta.TransferSyntaxUID), pydicom.Dataset(d)   # lets go of the bytes
     for _ in kept: pass   # decodes
     kept.SOPClassUID = kept.get("SOPClassUID") or d.file_meta.get("MediaStorageSOPClassUID")   # a DICOMDIR says it only there
-    kept.file_meta, kept.pixels, kept.behind, kept.size, kept.unreadable = d.file_meta, d.pixels, d.behind, size, d.unreadable
+    for name in ("file_meta", "pixels", "behind", "size", "unreadable"): setattr(kept, name, getattr(d, name))
     packed = syntax.is_transfer_syntax and (syntax.is_compressed or syntax.is_deflated)
     return kept, float("inf") if packed and (d.behind < size or syntax.is_deflated) else size - d.behind
 
@@ -137,7 +139,7 @@ class Series(NamedTuple):
     study: str                   # keyed hash of the StudyInstanceUID: one visit
     modality: str                # 'CT', 'MR', …
     shape: tuple[int, ...]       # as `load_scan` returns it, without the channels; of the files when they must be resampled
-    spacing: tuple[float, ...]   # mm per axis, nan where it is not known; () when it is refused or must be resampled
+    spacing: tuple[float, ...]   # mm per axis, nan: not known; () when it is refused or must be resampled
     files: list[Path]            # every file
     findings: list[str]          # why it is refused; empty when it is one regular volume, or one picture
     parts: int = 1               # into how many its SeriesInstanceUID falls: 3 or more for a localizer
@@ -154,8 +156,9 @@ def describe_series(
         with reading(path, "a series"):
             findings = header_findings(images) or series_findings(images, allow)
             if findings == series_findings(images) == []: geometry = series_geometry(images)
-            known = [v for v in geometry.get("spacing", ()) if geometry["oriented"] or v == v]   # a picture may not know its own
-            if not all(1e-7 < v < 1e6 for v in known): findings, geometry = ["its voxel size is zero or no number"], {}
+            known = [v for v in geometry.get("spacing", ()) if geometry["oriented"] or v == v]   # nan: not known
+            if not all(1e-7 < v < 1e6 for v in known):
+                findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
     n = sum(int(h.get("NumberOfFrames") or 1) for _, h in images)
     shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), d.get("Modality")
