@@ -157,8 +157,10 @@ def to_scan(
     if bad or not x.numel(): raise LoadError(f"{source} holds {bad} NaN or infinite values of {x.numel()}, but a scan "
         "needs numbers everywhere; replace them by the background value and save it again")
     size = np.linalg.norm(affine[:3, :3], axis=0)   # mm
-    known = [s for s in spacing if meta.get("oriented", True) or not np.isnan(s)]   # a picture may not know its own
-    sound = np.isfinite(affine).all() and np.isfinite(known).all() and min(*size, *known) > 1e-7 and max(*known, *np.abs(affine).flat) < 1e6
+    oriented = meta.get("oriented", True)   # a picture may not know the size of its pixels
+    known = [s for s in spacing if oriented or not np.isnan(s)]
+    sane = np.isfinite(affine).all() and np.isfinite(known).all()
+    sound = sane and min(*size, *known) > 1e-7 and max(*known, *np.abs(affine).flat) < 1e6
     if not sound or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3: raise LoadError(
         f"{source} has a geometry that cannot be: a voxel size or a direction is zero, huge or no number; repair its header")
     meta = dict(spacing=tuple(float(s) for s in spacing), source=str(source), **meta)
@@ -385,11 +387,13 @@ def read_nrrd(
     return x, meta | dict(unit="a.u.", format="nrrd")
 
 # %% ../nbs/00_loaders.ipynb #5d1c07a2
-NUMBERS = dict(ImagePositionPatient=3, ImageOrientationPatient=6, PixelSpacing=2, ImagerPixelSpacing=2, NominalScannedPixelSpacing=2,
-    EstimatedRadiographicMagnificationFactor=1, PixelAspectRatio=2, SliceThickness=1, SpacingBetweenSlices=1, RescaleSlope=1,
-    RescaleIntercept=1, PhysicalDeltaX=1, PhysicalDeltaY=1)   # field -> how many numbers it holds
-WHOLE = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit",
-    "PixelRepresentation", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection", "RegionSpatialFormat")   # one whole number each
+NUMBERS = dict(ImagePositionPatient=3, ImageOrientationPatient=6, PixelSpacing=2, ImagerPixelSpacing=2,
+    NominalScannedPixelSpacing=2, EstimatedRadiographicMagnificationFactor=1, PixelAspectRatio=2,
+    SliceThickness=1, SpacingBetweenSlices=1, RescaleSlope=1, RescaleIntercept=1,
+    PhysicalDeltaX=1, PhysicalDeltaY=1)   # field -> how many numbers it holds
+WHOLE = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated",
+    "BitsStored", "HighBit", "PixelRepresentation", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection",
+    "RegionSpatialFormat")   # one whole number each
 SIZES = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "SliceThickness",
     "EstimatedRadiographicMagnificationFactor", "PixelAspectRatio", *WHOLE)   # never negative
 SETTLED = {Tag(name): name for name in (*NUMBERS, *WHOLE)}
@@ -414,8 +418,9 @@ def shown(
 )->str:        # for a message
     "A value that is no more than odd numbers; of any other, its length"
     parts = re.split(r"[\\;, ]+", text.strip(" \0\r\n\t"))
-    odd = r"[+-]?(\d{0,5}(\.\d{0,12})?([eE][+-]?\d{1,4})?|nan|inf|infinity)(mm|cm)?"   # six digits may be a date
-    if len(text) <= 80 and all(re.fullmatch(odd, p, re.I | re.ASCII) for p in parts): return f"'{text.strip(chr(0) + ' ')}'"
+    number = r"\d{0,5}(\.\d{0,12})?(e[+-]?\d{1,4})?|nan|inf|infinity"   # six digits may be a date
+    odd = re.compile(rf"[+-]?({number})(mm|cm)?", re.I | re.ASCII)
+    if len(text) <= 80 and all(map(odd.fullmatch, parts)): return f"'{text.strip(chr(0) + ' ')}'"
     return f"a text of {len(text)} characters"
 
 # %% ../nbs/00_loaders.ipynb #5d1c07a8
@@ -425,13 +430,15 @@ DIGITS = re.compile(r"[-+.,\\ \0\deE]*", re.ASCII)
 def field_numbers(
     d:Dataset,    # a header
     tag:BaseTag,  # of `SETTLED`, in it
-)->tuple[str, list[float]|None]:  # the field as text, '' when it is empty; its numbers, None when it does not hold as many as it should
+)->tuple[str, list[float]|None]:  # the field as text, '' when it is empty; its numbers, None when they are not as many
     "What a field of numbers holds, whatever type it was stored as"
     e, n, written = d.get_item(tag), NUMBERS.get(SETTLED[tag], 1), dictionary_VR(tag) in ("DS", "IS")
     raw = e.value if isinstance(e, RawDataElement) else None
     if isinstance(raw, bytes):
         text = raw.decode("latin-1")
-        if DIGITS.fullmatch(text) and written if e.VR in WORDS else written or e.VR not in (None, "UN"): return text, plain_numbers(text, n)
+        as_text = written or e.VR not in (None, "UN")
+        if e.VR in WORDS: as_text = written and DIGITS.fullmatch(text)
+        if as_text: return text, plain_numbers(text, n)
     try: value = d[tag].value
     except Exception: return "?", None   # pydicom cannot convert it
     values = list(value) if isinstance(value, (list, tuple, MultiValue)) else [] if value is None else [value]
@@ -446,12 +453,14 @@ def settle_numbers(
     "Make the numbers of a header plain; take out what is no number"
     found = {}
     for tag in sorted(SETTLED.keys() & d.keys()):
-        name, vr, own = SETTLED[tag], dictionary_VR(tag), d.get_item(tag).VR in (None, "UN", dictionary_VR(tag))
+        name, vr = SETTLED[tag], dictionary_VR(tag)
+        own = d.get_item(tag).VR in (None, "UN", vr)
         text, values = field_numbers(d, tag)
         whole, n = name in WHOLE, NUMBERS.get(name, 1)
         if values is None:
             del d[tag]
-            if text.strip(" \0\\"): found[name] = f"{name} {tag} holds {shown(text)}, not {'a whole number' if whole else f'{n} number' + 's' * (n > 1)}"
+            wanted = "a whole number" if whole else f"{n} number{'s' * (n > 1)}"
+            if text.strip(" \0\\"): found[name] = f"{name} {tag} holds {shown(text)}, not {wanted}"
         elif whole and not all(v.is_integer() for v in values) or name in SIZES and min(values) < 0:
             del d[tag]
             found[name] = f"{name} {tag} holds {shown(text)}, which it cannot be"
@@ -462,8 +471,8 @@ def settle_header(d:Dataset)->dict[str, str]:
     "The same for a header, its frames and its ultrasound regions"
     found = settle_numbers(d)
     items = list(d.get("SequenceOfUltrasoundRegions") or ())
-    for group in [*(d.get("SharedFunctionalGroupsSequence") or ()), *(d.get("PerFrameFunctionalGroupsSequence") or ())]:
-        items += [i for name in MACROS for i in group.get(name) or ()]
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        items += [i for group in d.get(name) or () for macro in MACROS for i in group.get(macro) or ()]
     for i in items: found |= settle_numbers(i)
     return found
 
@@ -508,22 +517,27 @@ def read_header(
     size:int,                # bytes of the file
     tags:list[BaseTag]|None, # what to keep; None: everything
     bare:bool,               # whether the preamble is missing
-)->Dataset:  # up to the pixels, with `pixels`, `behind` (where the parser stopped, byte), `size` and `unreadable`
+)->Dataset:  # up to the pixels; `behind`: where the parser stopped, byte; and with `pixels`, `size`, `unreadable`
     "A header as the parser finds it, whatever the file claims of itself"
     read_preamble(f, True)
     meta = read_dataset(f, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         inflate, needed = zlib.decompressobj(-15), 0
-        while chunk := f.read(1 << 16): believe(path, needed := needed + 8 * len(inflate.decompress(chunk)), size)   # images pack to a tenth at best
+        while chunk := f.read(1 << 16):
+            needed += 8 * len(inflate.decompress(chunk))   # images pack to a tenth at best
+            believe(path, needed, size)
     f.seek(0)
     stopped = []
     def at_pixels(tag, vr, length):
         if tag in PIXEL_TAGS: stopped[:] = [PixelElement(int(tag), vr, length, f.tell())]
         return tag in PIXEL_TAGS
     d = read_partial(f, at_pixels, force=bare, specific_tags=tags)
-    d.pixels, d.behind, d.size, d.unreadable = stopped[0] if stopped else None, f.tell(), size, settle_header(d)
-    if "TransferSyntaxUID" not in d.file_meta: d.file_meta.TransferSyntaxUID = {(True, True): ImplicitVRLittleEndian,
-        (False, True): ExplicitVRLittleEndian}.get(d.original_encoding, ExplicitVRBigEndian)
+    d.behind, d.size = f.tell(), size
+    d.pixels = stopped[0] if stopped else None
+    d.unreadable = settle_header(d)
+    found = {(True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian}
+    if "TransferSyntaxUID" not in d.file_meta:
+        d.file_meta.TransferSyntaxUID = found.get(d.original_encoding, ExplicitVRBigEndian)
     return d
 
 # %% ../nbs/00_loaders.ipynb #794d4abf
@@ -567,7 +581,8 @@ def dicom_headers(
     with QUIET, ThreadPoolExecutor(4) as pool: headers = list(zip(files, pool.map(partial(dicom_header, tags=FILE_TAGS), files)))
     for p, d in headers:
         if d is None and (p == path or p.suffix.lower() == ".dcm"): raise LoadError(f"{p} is no DICOM file; the file is damaged, or another format")
-    with reading(path, "a DICOM image"): headers = [(p, d) for p, d in headers if d is not None and is_image(d, p == path)]
+    with reading(path, "a DICOM image"):
+        headers = [(p, d) for p, d in headers if d is not None and is_image(d, p == path)]
     if headers: return headers
     if path.is_file() and path.name.upper() == "DICOMDIR": raise LoadError(f"{path} is a list of files; find what it lists with find_series()")
     raise LoadError(f"{path} holds no DICOM image; give the folder of one series, or one image file")
@@ -674,25 +689,31 @@ def directions(
 def field_findings(
     d:Dataset,     # from `read_header`
 )->list[str]:      # one phrase each
-    "What is missing among the fields that say how pixels are stored, or cannot be. Source: DICOM PS3.3 C.7.6.3 and C.11.1"
+    "What is missing among the fields of the pixels, or cannot be. Source: DICOM PS3.3 C.7.6.3 and C.11.1"
     words = d.pixels is None or d.pixels.tag == PIXEL_TAGS[2]   # whole numbers, not floats
-    needed = ["Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"] + ["BitsStored", "PixelRepresentation"] * words
+    needed = ["Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"]
+    if words: needed += ["BitsStored", "PixelRepresentation"]
     if d.get("SamplesPerPixel") == 3: needed.append("PlanarConfiguration")
-    if missing := [f"{name} {Tag(name)}" for name in needed if d.get(name) in (None, "")]: return [f"it has no {', '.join(missing)}"]
+    missing = [f"{name} {Tag(name)}" for name in needed if d.get(name) in (None, "")]
+    if missing: return [f"it has no {', '.join(missing)}"]
     bits, stored = d.BitsAllocated, d.get("BitsStored") or 0
     high = stored - 1 if d.get("HighBit") is None else d.HighBit
-    plain = is_native(d)
-    wrong = dict(Rows=d.Rows < 1, Columns=d.Columns < 1, SamplesPerPixel=d.SamplesPerPixel not in (1, 3), BitsAllocated=bits != 1 and bits not in range(8, 65, 8))
+    wrong = dict(Rows=d.Rows < 1, Columns=d.Columns < 1, SamplesPerPixel=d.SamplesPerPixel not in (1, 3),
+        BitsAllocated=bits not in (1, *range(8, 65, 8)))
     if words: wrong |= dict(BitsStored=not 1 <= stored <= bits, PixelRepresentation=d.PixelRepresentation not in (0, 1),
-        HighBit=not stored <= high + 1 <= bits if plain else high != stored - 1)
-    found = [f"{name} {Tag(name)} is {d.get(name)}, which it cannot be" + f" with {stored} of {bits} bits stored" * (name in ("BitsStored", "HighBit"))
-             for name, bad in wrong.items() if bad]
-    kinds = [k.value for k in PhotometricInterpretation]
-    if d.PhotometricInterpretation not in kinds: found.append(f"PhotometricInterpretation {Tag('PhotometricInterpretation')} is none of {', '.join(kinds[:6])}, …")
-    for h in [] if found else frame_headers(d):
-        slope, intercept = (h.get(name, v) for name, v in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-        if slope == 0 or not abs(slope) * 2**32 + abs(intercept) < 1e38: return [f"RescaleSlope (0028,1053) is {slope:g}, RescaleIntercept (0028,1052) {intercept:g}"]
+        HighBit=not stored <= high + 1 <= bits if is_native(d) else high != stored - 1)
+    found = [f"{name} {Tag(name)} is {d.get(name)}, which it cannot be" for name, bad in wrong.items() if bad]
+    kinds, name = [k.value for k in PhotometricInterpretation], "PhotometricInterpretation (0028,0004)"
+    if d.PhotometricInterpretation not in kinds: found.append(f"{name} is none of {', '.join(kinds[:6])}, …")
     return found
+
+def rescale_findings(d:Dataset)->list[str]:
+    "What keeps stored values from becoming those of the modality, in any frame; one phrase or none"
+    for h in frame_headers(d):
+        slope, intercept = (h.get(name, v) for name, v in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+        if slope == 0 or not abs(slope) * 2**32 + abs(intercept) < 1e38:
+            return [f"RescaleSlope (0028,1053) is {slope:g}, RescaleIntercept (0028,1052) {intercept:g}"]
+    return []
 
 # %% ../nbs/00_loaders.ipynb #5d1c07c5
 def pixel_findings(
@@ -707,41 +728,47 @@ def pixel_findings(
     name, frames = f"{keyword_for_tag(tag)} {Tag(tag)}", int(d.get("NumberOfFrames") or 1)
     bits = math.prod((frames, d.Rows, d.Columns, d.SamplesPerPixel, d.BitsAllocated))
     if syntax.is_encapsulated:
-        return [f"its transfer syntax is {syntax.name}, but {name} is not compressed"] if length in (-(-bits // 8), bits // 8 + 1) else []
+        plain = length in (-(-bits // 8), bits // 8 + 1)
+        return [f"its transfer syntax is {syntax.name}, but {name} is not compressed"] if plain else []
     if length == OPEN: return [f"its transfer syntax is {syntax.name}, but {name} is compressed"]
-    needed = -(-(bits * 2 // 3 if d.PhotometricInterpretation == "YBR_FULL_422" else bits) // 8)
-    size = f"{d.Rows} x {d.Columns} pixels of {d.SamplesPerPixel} x {d.BitsAllocated} bits in {frames} frame{'s' * (frames > 1)} are {needed}"
-    wrong = length < needed or (length - needed) * frames >= max(needed, 2 * frames)   # too few, or another frame
-    if wrong: return [f"{name} has {length} bytes, but {size}"]
+    if d.PhotometricInterpretation == "YBR_FULL_422": bits = bits * 2 // 3
+    needed = -(-bits // 8)
+    pixel = f"{d.SamplesPerPixel} x {d.BitsAllocated} bits"
+    size = f"{d.Rows} x {d.Columns} pixels of {pixel} in {frames} frame{'s' * (frames > 1)} are {needed}"
+    more = (length - needed) * frames >= max(needed, 2 * frames)   # another frame
+    if length < needed or more: return [f"{name} has {length} bytes, but {size}"]
     if syntax.is_deflated: return []
-    if start + length > d.size: return [f"the file ends {start + length - d.size} bytes before its {name} does"]
+    cut = start + length - d.size
+    if cut > 0: return [f"the file ends {cut} bytes before its {name} does"]
     with open(path, "rb") as f:
         f.seek(start + needed)
         odd = length - needed > 1 and f.read(length - needed).strip(b"\0")
     return [f"{name} has {length} bytes, but {size}, and what follows is not empty"] if odd else []
 
 # %% ../nbs/00_loaders.ipynb #5d1c07c8
-SPARE = {"ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor", "PixelAspectRatio", "PhysicalDeltaX",
-    "PhysicalDeltaY", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection", "RegionSpatialFormat"}   # not needed where PixelSpacing is there
+SPARE = {"ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor", "PixelAspectRatio",
+    "PhysicalDeltaX", "PhysicalDeltaY", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection", "RegionSpatialFormat"}
 
 def header_findings(
     headers:list[tuple[Path, Dataset]],  # of one picture or one series, from `read_header`
 )->list[str]:  # one phrase each
-    "Why these headers do not say how the images are to be read: no numbers where they should be, missing fields, another number of pixels"
+    "Why these headers do not say how to read the images: no numbers, missing fields, another number of pixels"
     spare, files = set(), {}
     if len(headers) > 1: spare = SPARE | {"SliceThickness", "SpacingBetweenSlices"}
     elif headers[0][1].get("PixelSpacing"): spare = SPARE
     for p, d in headers:
-        found = [what for name, what in d.unreadable.items() if name not in spare] or field_findings(d) or pixel_findings(p, d)
+        found = [what for name, what in d.unreadable.items() if name not in spare]
+        found = found or field_findings(d) or rescale_findings(d) or pixel_findings(p, d)
         for what in found: files.setdefault(what, []).append(p.name)
     if len(headers) == 1: return list(files)
-    found = [f"{what} ({', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''})" for what, names in files.items()]
+    where = lambda names: ", ".join(names[:2]) + f" and {len(names) - 2} more" * (len(names) > 2)
+    found = [f"{what} ({where(names)})" for what, names in files.items()]
     return found[:3] + [f"and {len(found) - 3} more such findings"] * (len(found) > 3)
 
 def refuse_headers(path:Path, headers:list[tuple[Path, Dataset]])->None:
     "Raise `LoadError` with what `header_findings` says of them"
-    if found := header_findings(headers): raise LoadError(f"{path} cannot be read as its header describes it: {'; '.join(found)}; "
-        "correct the header, or export it again from where it came")
+    if found := header_findings(headers): raise LoadError(f"{path} cannot be read as its header describes it: "
+        f"{'; '.join(found)}; correct these fields, or export it again from where it came")
 
 # %% ../nbs/00_loaders.ipynb #ef29f96c
 def place_tolerance(
@@ -1214,7 +1241,8 @@ def native_frames(
     kind = f"<{'ui'[d.PixelRepresentation]}{d.BitsAllocated // 8}"
     with open(path, "rb") as f:
         f.seek(d.pixels.start)
-        for _ in range(int(d.get("NumberOfFrames") or 1)): yield np.fromfile(f, kind, d.Rows * d.Columns).reshape(d.Rows, d.Columns)
+        for _ in range(int(d.get("NumberOfFrames") or 1)):
+            yield np.fromfile(f, kind, d.Rows * d.Columns).reshape(d.Rows, d.Columns)
 
 # %% ../nbs/00_loaders.ipynb #5d1c07d4
 def check_sample(
@@ -1223,14 +1251,16 @@ def check_sample(
 )->None:
     "Refuse a file whose first frame lies elsewhere, or is another one, for pydicom"
     if not is_native(d): return   # pydicom decodes it anyway
-    full, tag = pydicom.dcmread(path, force=True, defer_size=1024), Tag(PIXEL_TAGS[2])   # leaves the pixels in the file
+    full = pydicom.dcmread(path, force=True, defer_size=1024)   # leaves the pixels in the file
+    start = full.get_item(Tag(PIXEL_TAGS[2]), keep_deferred=True).value_tell
     for t in SETTLED.keys() & d.keys(): full[t] = d[t]
     decoder = get_decoder(d.file_meta.TransferSyntaxUID)
     with open(path, "rb") as f:
-        f.seek(full.get_item(tag, keep_deferred=True).value_tell)
-        x, _ = decoder.as_array(f, index=0, correct_unused_bits=False, pixel_keyword="PixelData", **as_pixel_options(full))
-    if not np.array_equal(x, next(native_frames(path, d))): raise LoadError(f"{path} gives other pixels when pydicom decodes it: "
-        "its header contradicts itself; save it anew with the program that wrote it")
+        f.seek(start)
+        options = dict(correct_unused_bits=False, pixel_keyword="PixelData") | as_pixel_options(full)
+        x, _ = decoder.as_array(f, index=0, **options)
+    if not np.array_equal(x, next(native_frames(path, d))): raise LoadError(
+        f"{path} gives other pixels when pydicom decodes it: its header contradicts itself; save it anew with the program that wrote it")
 
 # %% ../nbs/00_loaders.ipynb #93d8f1f7
 def stored_frames(
@@ -1243,32 +1273,34 @@ def stored_frames(
         return
     bits, stored = d.BitsAllocated, d.BitsStored
     high = stored - 1 if d.get("HighBit") is None else d.HighBit   # the standard allows no other
-    for x in native_frames(path, d): yield x << bits - 1 - high >> bits - stored if stored < bits else x   # keeps the sign
+    for x in native_frames(path, d):
+        yield x << bits - 1 - high >> bits - stored if stored < bits else x   # keeps the sign
 
 # %% ../nbs/00_loaders.ipynb #5d1c07e1
-PROJECTIONS = set("CR DG DX IO MG PX RF RG TG XA".split())   # X-ray pictures: no value of theirs is compared with a number
-PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS PROPCPS MLMINML MLML GML STDDEV".split())   # C.8.9.1
+PROJECTIONS = set("CR DG DX IO MG PX RF RG TG XA".split())   # X-ray pictures: their values have no unit
+PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS PROPCPS MLMINML MLML GML "
+    "STDDEV".split())   # C.8.9.1
 
 def value_unit(
     d:Dataset,   # header of a slice or frame
 )->str:          # 'HU', a unit of PET such as 'BQML', or 'a.u.'
     "What rescaled values are counted in. Source: DICOM PS3.3 C.8.2.1 and C.8.9.1"
-    rescaled = numbers(d.get("RescaleSlope"), 1) is not None and numbers(d.get("RescaleIntercept"), 1) is not None
-    if rescaled and d.get("Modality") == "CT" and str(d.get("RescaleType") or "HU") in ("HU", "US"): return "HU"
-    if rescaled and d.get("Modality") == "PT" and d.get("Units") in PET_UNITS: return d.Units
-    return "a.u."
+    rescaled = all(numbers(d.get(name), 1) is not None for name in ("RescaleSlope", "RescaleIntercept"))
+    modality, kind = d.get("Modality"), str(d.get("RescaleType") or "HU")
+    if rescaled and modality == "CT" and kind in ("HU", "US"): return "HU"
+    return d.Units if rescaled and modality == "PT" and d.get("Units") in PET_UNITS else "a.u."
 
 def is_calibrated(
     d:Dataset,   # header of a slice or frame
 )->bool:
-    "Whether rescaled values are a physical quantity, whatever a display makes of them. Source: DICOM PS3.3 C.11.1 and C.7.6.16.2.11"
+    "Whether rescaled values are a physical quantity. Source: DICOM PS3.3 C.11.1 and C.7.6.16.2.11"
     if d.get("Modality") in PROJECTIONS: return False
     lut = (d.get("ModalityLUTSequence") or [{}])[0]
     kinds = {str(v or "").strip().upper() for v in (d.get("RescaleType"), lut.get("ModalityLUTType"))}
-    shared, frames = ((d.get(f"{name}FunctionalGroupsSequence") or [{}])[0] for name in ("Shared", "PerFrame"))
-    real_world = any(h.get("RealWorldValueMappingSequence") for h in (d, shared, frames))
-    rescaled = any(d.get(name) not in (None, "") for name in ("RescaleSlope", "RescaleIntercept")) or bool(lut)
-    return bool(kinds - {"", "US"}) or real_world or rescaled and d.get("Modality") in ("CT", "PT")
+    shared, first = ((d.get(f"{name}FunctionalGroupsSequence") or [{}])[0] for name in ("Shared", "PerFrame"))
+    if any(h.get("RealWorldValueMappingSequence") for h in (d, shared, first)): return True
+    rescaled = lut or any(d.get(name) not in (None, "") for name in ("RescaleSlope", "RescaleIntercept"))
+    return bool(kinds - {"", "US"}) or bool(rescaled) and d.get("Modality") in ("CT", "PT")
 
 # %% ../nbs/00_loaders.ipynb #36aa197c
 def modality_values(
@@ -1280,7 +1312,7 @@ def modality_values(
     kind = str(d.PhotometricInterpretation)
     if kind == "PALETTE COLOR": return apply_color_lut(x, d)[..., :3]
     if x.ndim == 3: return x
-    dark = kind == "MONOCHROME1" and not is_calibrated(d)   # turned round within a range that is the same in every slice
+    dark = kind == "MONOCHROME1" and not is_calibrated(d)   # turned in a range that is the same in every slice
     if lut := d.get("ModalityLUTSequence"):
         y = apply_modality_lut(x, d)
         return (1 << int(lut[0].LUTDescriptor[2])) - 1 - y.astype(np.int64) if dark else y
@@ -1288,7 +1320,8 @@ def modality_values(
         ends = (-(1 << d.BitsStored - 1), (1 << d.BitsStored - 1) - 1) if d.PixelRepresentation else (0, (1 << d.BitsStored) - 1)
         x = sum(ends) - x.astype(np.int64)
     slope, intercept = (float(default if (v := d.get(name)) is None else v) for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-    if slope == 0 or not abs(slope) * 2**32 + abs(intercept) < 1e38: raise LoadError(f"RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no values")
+    if slope == 0 or not abs(slope) * 2**32 + abs(intercept) < 1e38: raise LoadError(
+        f"RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no values; correct the header")
     if slope == 1 and x.itemsize <= 2 and abs(intercept) < 1 << 22 and intercept.is_integer(): return np.add(x, intercept, out, dtype=np.float32)   # exact
     return x * np.float64(slope) + intercept
 
@@ -1322,9 +1355,10 @@ def region_spacing(
 )->list[float]:    # mm between rows, between columns; nan where no region says it, or two differ
     "The size of the pixels in the calibrated 2D regions of a picture. Source: DICOM PS3.3 C.8.5.5.1"
     units = lambda r: (r.get("PhysicalUnitsXDirection"), r.get("PhysicalUnitsYDirection"))
-    flat = [r for r in d.get("SequenceOfUltrasoundRegions") or () if units(r) == (3, 3) and r.get("RegionSpatialFormat") in (None, 1)]   # 3: cm; 1: 2D
-    sizes = np.array([[r.get("PhysicalDeltaY") or np.nan, r.get("PhysicalDeltaX") or np.nan] for r in flat], float).reshape(-1, 2)
-    sizes = np.abs(10 * sizes)   # mm
+    regions = d.get("SequenceOfUltrasoundRegions") or ()
+    flat = [r for r in regions if units(r) == (3, 3) and r.get("RegionSpatialFormat") in (None, 1)]   # 3: cm; 1: 2D
+    steps = [[r.get(name) or math.nan for name in ("PhysicalDeltaY", "PhysicalDeltaX")] for r in flat]
+    sizes = np.abs(10 * np.array(steps, float).reshape(-1, 2))   # mm
     agree = len(sizes) > 0 and np.ptp(sizes, axis=0).max() <= 1e-3 * sizes.max()   # False where one is nan
     return sizes[0].tolist() if agree else [math.nan] * 2
 
@@ -1348,11 +1382,12 @@ def picture_geometry(
     "Where the pixels (H, W) of one image are; only their size when it has no position"
     d, affine = frame_headers(headers[0][1])[0], np.eye(4)
     spacing = picture_spacing(d)   # between rows, between columns
-    affine[:2, :2] = np.diag([1 if math.isnan(s) else s for s in spacing])   # counts pixels where their size is not known
+    affine[:2, :2] = np.diag([1 if math.isnan(s) else s for s in spacing])   # counts pixels of unknown size
     if slice_place(d) is None:
         ratio = numbers(d.get("PixelAspectRatio"), 2)
         skewed = math.isnan(spacing[0]) and ratio is not None and ratio.min() > 0 and ratio[0] != ratio[1]
-        return dict(affine=affine, spacing=spacing, oriented=False) | (dict(aspect=ratio[0] / ratio[1]) if skewed else {})
+        meta = dict(affine=affine, spacing=spacing, oriented=False)
+        return meta | dict(aspect=ratio[0] / ratio[1]) if skewed else meta
     _, positions, (row, column, normal) = slice_places([(None, d)])
     thickness = float(d.get("SliceThickness") or math.nan)
     step = 1 if math.isnan(thickness) else thickness

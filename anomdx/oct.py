@@ -26,7 +26,7 @@ from monai.data import ImageReader, MetaTensor
 from monai.utils import ensure_tuple
 from PIL import Image
 
-from .loaders import PICTURES, LoadError, believe, dicom_header, keyed_hash, read_picture, reading, simplify_channels, stored_frames, to_scan
+from .loaders import PICTURES, LoadError, believe, dicom_header, keyed_hash, read_picture, reading, refuse_headers, simplify_channels, stored_frames, to_scan
 
 # %% ../nbs/01_oct.ipynb #bbe17764
 class OCTVolume(NamedTuple):
@@ -149,6 +149,7 @@ def read_opt(path:Path)->list[OCTVolume]:
     with reading(path, "a DICOM OCT"):
         d = dicom_header(path)
         if d is None or d.get("Modality") != "OPT": raise LoadError(f"{path} is no OCT: a DICOM OCT has modality OPT; use load_scan() for other kinds")
+        refuse_headers(path, [(path, d)])
         if d.PhotometricInterpretation != "MONOCHROME2": raise LoadError(f"{path} is not MONOCHROME2, a B-scan is; convert it")
         n = int(d.get("NumberOfFrames") or 1)
         believe(path, n * d.Rows * d.Columns * (4 + d.BitsAllocated // 8), d.size)

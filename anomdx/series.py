@@ -70,7 +70,7 @@ def parse_header(
     syntax, kept = UID(d.file_meta.TransferSyntaxUID), pydicom.Dataset(d)   # lets go of the bytes
     for tag in NEEDED.intersection(kept.keys()): kept[tag]   # decodes
     kept.SOPClassUID = kept.get("SOPClassUID") or d.file_meta.get("MediaStorageSOPClassUID")   # a DICOMDIR says it only there
-    kept.file_meta, kept.pixels, kept.behind, kept.size, kept.unreadable = d.file_meta, d.pixels, d.behind, size, d.unreadable
+    for name in ("file_meta", "pixels", "behind", "size", "unreadable"): setattr(kept, name, getattr(d, name))
     packed = syntax.is_transfer_syntax and (syntax.is_compressed or syntax.is_deflated)
     return kept, float("inf") if packed and (d.behind < size or syntax.is_deflated) else size - d.behind
 
@@ -122,7 +122,7 @@ class Series(NamedTuple):
     study: str                   # keyed hash of the StudyInstanceUID: one visit
     modality: str                # 'CT', 'MR', …
     shape: tuple[int, ...]       # as `load_scan` returns it, without the channels; of the files when they must be resampled
-    spacing: tuple[float, ...]   # mm per axis, nan where it is not known; () when it is refused or must be resampled
+    spacing: tuple[float, ...]   # mm per axis, nan: not known; () when it is refused or must be resampled
     files: list[Path]            # every file
     findings: list[str]          # why it is refused; empty when it is one regular volume, or one picture
     parts: int = 1               # into how many its SeriesInstanceUID falls: 3 or more for a localizer

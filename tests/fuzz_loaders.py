@@ -473,7 +473,9 @@ def outcome(path, name=""):
         if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
         last = traceback.extract_tb(e.__traceback__)[-1]
         return f"{type(e).__name__} in {Path(last.filename).name}:{last.lineno} {last.name}"
-    good = scan.isfinite().all() and np.isfinite(np.asarray(scan.affine)).all() and all(np.isfinite(s) and s > 0 for s in scan.meta["spacing"])
+    oriented = scan.meta.get("oriented", True)   # a picture may not know the size of its pixels
+    sizes = all(np.isfinite(s) and s > 0 or np.isnan(s) and not oriented for s in scan.meta["spacing"])
+    good = scan.isfinite().all() and np.isfinite(np.asarray(scan.affine)).all() and sizes
     return "loaded" if good else "loaded, but with values, an affine or a spacing that are no numbers"
 
 

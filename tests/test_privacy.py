@@ -27,7 +27,8 @@ MARKS = re.compile("|".join(map(re.escape, (WORD, "7700770077", "770077", DATE))
 MARK_OF = dict(AE=WORD, CS=WORD, LO=WORD, LT=WORD, PN=f"{WORD}^Jane", SH=WORD, ST=WORD, UC=WORD, UR=f"http://{WORD}", UT=WORD, UI=UID,
                DS=NUMBER, IS="770077", DA=DATE, DT=f"{DATE}101112", TM="770077", AS="077Y")
 READ = {"SOPClassUID", "SpecificCharacterSet", "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "PixelSpacing", "ImagePositionPatient",
-        "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices", "ImagerPixelSpacing", "NominalScannedPixelSpacing"}   # a scan needs these as they are
+        "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio",
+        "EstimatedRadiographicMagnificationFactor"}   # a scan needs these as they are
 
 
 # Planting ----------------------------------------------------------------------------------------------------------------------
