@@ -447,13 +447,13 @@ IDENTITY = ("PatientName", "PatientBirthDate", "OtherPatientIDs", "OtherPatientN
     "InstitutionName", "AccessionNumber", "PatientMotherBirthName", "MilitaryRank", "EthnicGroup", "PatientComments")
 RESCALE_TAGS = ("RescaleType", "Units", "RealWorldValueMappingSequence")   # what values are counted in
 VOLUME_TAGS = dict(   # what volumes at the same places may differ in, in the order in which it is asked: word -> the tags that say it
-    EchoTime=("EchoTime", "EffectiveEchoTime"), b=("DiffusionBValue",), direction=("DiffusionGradientOrientation",),
-    InversionTime=("InversionTime", "InversionTimes"), FlipAngle=("FlipAngle",), RepetitionTime=("RepetitionTime",), KVP=("KVP",),
+    EchoTime=("EffectiveEchoTime", "EchoTime"), b=("DiffusionBValue",), direction=("DiffusionGradientOrientation",),
+    InversionTime=("InversionTimes", "InversionTime"), FlipAngle=("FlipAngle",), RepetitionTime=("RepetitionTime",), KVP=("KVP",),
     component=("ComplexImageComponent",), ImageType=("FrameType", "ImageType"), label=("ASLContext",), velocity=("VelocityEncodingDirection",),
     cardiac=("NominalPercentageOfCardiacPhase",), respiratory=("NominalPercentageOfRespiratoryPhase",),
-    TriggerTime=("TriggerTime", "NominalCardiacTriggerDelayTime"), TemporalPosition=("TemporalPositionIdentifier", "TemporalPositionIndex"),
+    TriggerTime=("NominalCardiacTriggerDelayTime", "TriggerTime"), TemporalPosition=("TemporalPositionIndex", "TemporalPositionIdentifier"),
     TemporalOffset=("TemporalPositionTimeOffset",), FrameReferenceTime=("FrameReferenceTime",), EchoNumber=("EchoNumbers",),
-    AcquisitionNumber=("AcquisitionNumber", "FrameAcquisitionNumber"), kernel=("ConvolutionKernel",), sequence=("SequenceName",),
+    AcquisitionNumber=("FrameAcquisitionNumber", "AcquisitionNumber"), kernel=("ConvolutionKernel",), sequence=("SequenceName",),
     stack=("StackID",), options=("ScanOptions",))
 TIME_TAGS = dict(   # when a slice was taken: word -> (tag of date and time, of the date, of the time)
     AcquisitionTime=(("FrameAcquisitionDateTime", "AcquisitionDateTime"), "AcquisitionDate", "AcquisitionTime"),
@@ -927,6 +927,7 @@ class Slice(NamedTuple):
     number: int                  # of the frame in its file
     header: Dataset              # its own
     place: np.ndarray|None       # from `slice_place`
+    of: int                      # slices in the file
 
 KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE OUT_PHASE ADC FA TRACEW LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
 
@@ -944,8 +945,10 @@ def tag_columns(
     "What the headers of some slices say that may tell volumes apart"
     read, rows = {}, []
     for s in stack:
-        if id(s.file) not in read: read[id(s.file)] = split_tags(s.file, frame_count(s.file))
-        rows.append(read[id(s.file)][s.number] if s.number < len(read[id(s.file)]) else {})
+        if id(s.file) not in read: read[id(s.file)] = split_tags(s.file, s.of)
+        row = read[id(s.file)][s.number]
+        if s.header is not s.file and "PerFrameFunctionalGroupsSequence" not in s.file: row = row | split_tags(s.header, 1)[0]   # made from a list in the file
+        rows.append(row)
     values = {word: [comparable(first_tag(r, tags)) for r in rows] for word, tags in VOLUME_TAGS.items()}
     index = [comparable(r.get("DimensionIndexValues")) or () for r in rows]
     for k in range(max(map(len, index))): values[f"dimension {k + 1}:"] = [v[k:k + 1] or None for v in index]
@@ -1001,7 +1004,7 @@ def stack_volumes(
     depth = np.array([s.place[:3] for s in stack]) @ np.cross(*stack[0].place[3:9].reshape(2, 3))
     by, place = np.argsort(depth, kind="stable"), np.zeros(len(stack), int)
     place[by] = np.cumsum(np.r_[0, np.diff(depth[by]) > place_tolerance(stack[0].header)])
-    files = [str(s.file.get("ConcatenationUID") or s.path) if frame_count(s.file) > 1 else "" for s in stack]
+    files = [str(s.file.get("ConcatenationUID") or s.path) if s.of > 1 else "" for s in stack]
     source = refine(np.zeros(len(stack), int), files)
     if source.max() == 0 and place.max() + 1 == len(stack): return [(stack, {}, {})]
     values, orders = tag_columns(stack)
@@ -1067,7 +1070,7 @@ def stray_faults(
     found, sources = [""] * len(stacks), defaultdict(list)   # files of many slices stand alone
     for k, stack in enumerate(stacks if len(stacks) > 1 else ()):
         for s in stack:
-            if s.place is not None: sources[s.path if frame_count(s.file) > 1 else ""].append((k, s.place))
+            if s.place is not None: sources[s.path if s.of > 1 else ""].append((k, s.place))
     for placed in sources.values():
         of, places = np.array([k for k, _ in placed]), np.array([v for _, v in placed])
         for k in np.flatnonzero(np.bincount(of) > 1):
@@ -1097,7 +1100,7 @@ def part_of(own:list[Slice], name:dict[str, str], note:str, faults:dict[str, str
     "Slices as the files they are in, in the order of their paths"
     files = defaultdict(dict)
     for s in sorted(own, key=lambda s: (s.path, s.number)): files[s.path, id(s.file)][s.number] = s
-    whole = lambda s, of: len(of) == frame_count(s.file)
+    whole = lambda s, of: len(of) == s.of
     first = [(next(iter(of.values())), of) for of in files.values()]
     return Part([(s.path, s.file if whole(s, of) else shared_file(s.file, {k: x.header for k, x in of.items()})) for s, of in first],
                 ", ".join(filter(None, (*name.values(), note))), faults, tuple(name))
@@ -1113,7 +1116,7 @@ def series_groups(
         for p, d in files:
             if not (own := frame_headers(d)): found.append((-1, p, uid, [Part([(p, d)], note)]))   # a film
             for k, h in enumerate(own):
-                kinds[tuple(str(h.get(n)) for n in ("SOPClassUID", "Rows", "Columns"))].append(Slice(p, d, k, h, slice_place(h)))
+                kinds[tuple(str(h.get(n)) for n in ("SOPClassUID", "Rows", "Columns"))].append(Slice(p, d, k, h, slice_place(h), len(own)))
         stacks = [s for own in kinds.values() for s in kind_stacks(own)]
         for stack, stray in zip(stacks, stray_faults(stacks)):
             around = dict(between=stray) if stray else {}
