@@ -37,9 +37,11 @@ def dicom_rows(
 )->tuple[pd.DataFrame, dict[str, str]]: # texts: path, patient, modality; and why the other series are refused, by their path
     "The series of a tree that load as one scan each"
     found = [(os.path.relpath(s.path, folder), s) for s in find_series(folder, tuple(allow))]
-    who = lambda path, s: s.patient or (f"study {s.study}" if s.study else f"scan {scan_file(path) if s.note else path}")   # echoes and time points are of one patient
+    own = lambda path, s: f"scan {scan_file(path) if s.note else path}"   # echoes and time points are of one patient
+    who = lambda path, s: s.patient or (f"study {s.study}" if s.study else own(path, s))
     rows = [(path, who(path, s), s.modality) for path, s in found if not s.findings]
-    return pd.DataFrame(rows, columns=["path", "patient", "modality"], dtype=str), {path: "; ".join(s.findings) for path, s in found if s.findings}
+    refused = {path: "; ".join(s.findings) for path, s in found if s.findings}
+    return pd.DataFrame(rows, columns=["path", "patient", "modality"], dtype=str), refused
 
 # %% ../nbs/06_datasets.ipynb #c4ba6a4c
 SCANS = (*PICTURES, *OCT_SUFFIXES, ".nii", ".nii.gz", ".nrrd", ".nhdr")
