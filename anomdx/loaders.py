@@ -484,13 +484,13 @@ IDENTITY = ("PatientName", "PatientBirthDate", "OtherPatientIDs", "OtherPatientN
     "InstitutionName", "AccessionNumber", "PatientMotherBirthName", "MilitaryRank", "EthnicGroup", "PatientComments")
 RESCALE_TAGS = ("RescaleType", "Units", "RealWorldValueMappingSequence")   # what values are counted in
 VOLUME_TAGS = dict(   # what volumes at the same places may differ in, in the order in which it is asked: word -> the tags that say it
-    EchoTime=("EchoTime", "EffectiveEchoTime"), b=("DiffusionBValue",), direction=("DiffusionGradientOrientation",),
-    InversionTime=("InversionTime", "InversionTimes"), FlipAngle=("FlipAngle",), RepetitionTime=("RepetitionTime",), KVP=("KVP",),
+    EchoTime=("EffectiveEchoTime", "EchoTime"), b=("DiffusionBValue",), direction=("DiffusionGradientOrientation",),
+    InversionTime=("InversionTimes", "InversionTime"), FlipAngle=("FlipAngle",), RepetitionTime=("RepetitionTime",), KVP=("KVP",),
     component=("ComplexImageComponent",), ImageType=("FrameType", "ImageType"), label=("ASLContext",), velocity=("VelocityEncodingDirection",),
     cardiac=("NominalPercentageOfCardiacPhase",), respiratory=("NominalPercentageOfRespiratoryPhase",),
-    TriggerTime=("TriggerTime", "NominalCardiacTriggerDelayTime"), TemporalPosition=("TemporalPositionIdentifier", "TemporalPositionIndex"),
+    TriggerTime=("NominalCardiacTriggerDelayTime", "TriggerTime"), TemporalPosition=("TemporalPositionIndex", "TemporalPositionIdentifier"),
     TemporalOffset=("TemporalPositionTimeOffset",), FrameReferenceTime=("FrameReferenceTime",), EchoNumber=("EchoNumbers",),
-    AcquisitionNumber=("AcquisitionNumber", "FrameAcquisitionNumber"), kernel=("ConvolutionKernel",), sequence=("SequenceName",),
+    AcquisitionNumber=("FrameAcquisitionNumber", "AcquisitionNumber"), kernel=("ConvolutionKernel",), sequence=("SequenceName",),
     stack=("StackID",), options=("ScanOptions",))
 TIME_TAGS = dict(   # when a slice was taken: word -> (tag of date and time, of the date, of the time)
     AcquisitionTime=(("FrameAcquisitionDateTime", "AcquisitionDateTime"), "AcquisitionDate", "AcquisitionTime"),
@@ -801,7 +801,7 @@ def stack_faults(
 
 # %% ../nbs/00_loaders.ipynb #f4a3c004
 class Part(list):
-    "The files of what could be one scan, (path, header) each; the header of a file that is shared has `chosen`: frame number -> header"
+    "The files of what could be one scan; the header of a file that is shared has `chosen`: frame number -> header"
     def __init__(
         self,
         headers:list[tuple[Path, Dataset]],
@@ -877,7 +877,7 @@ def group_tags(groups:Dataset)->dict[str, object]:
         if (v := element(groups, tag)) is None: continue
         name = groups[tag].keyword
         if name in SPLIT_TAGS: found[name] = v
-        elif groups[tag].VR == "SQ" and not name.startswith(("Referenced", "Derivation", "Source")):   # those speak of other images
+        elif groups[tag].VR == "SQ" and not name.startswith(("Referenced", "Derivation", "Source")):   # other images
             for item in v: found |= group_tags(item)
     return found
 
@@ -906,10 +906,12 @@ def first_tag(tags:dict[str, object], names:tuple[str, ...])->object:
 
 def seconds(tags:dict[str, object], many:tuple[str, ...], date:str, time:str)->float|None:
     "When a slice was taken, s since 2000; None where its header does not say"
-    text = str(first_tag(tags, many) or (f"{tags.get(date, '20000101')}{tags[time]}" if time in tags else "")).strip()
+    parts = f"{tags.get(date, '20000101')}{tags[time]}" if time in tags else ""
+    text = str(first_tag(tags, many) or parts).strip()
     if not re.fullmatch(r"\d{8,14}(\.\d*)?([+-]\d{4})?", text): return None
-    try: return (datetime.fromisoformat(DT(text).isoformat()).replace(tzinfo=None) - datetime(2000, 1, 1)).total_seconds()
+    try: when = datetime.fromisoformat(DT(text).isoformat()).replace(tzinfo=None)
     except (ValueError, AttributeError, TypeError, OverflowError): return None
+    return (when - datetime(2000, 1, 1)).total_seconds()
 
 def number(v:object)->float|None:
     return None if (x := numbers(v, 1)) is None else float(x[0])
@@ -968,9 +970,10 @@ def ranked(
         if not twice[labels[own[0]]]: continue
         n = np.bincount(rank[own])   # slices of each volume
         places = np.unique(place[own], return_inverse=True)[1]
-        span = lambda k: apart(*(np.array([f(value[own][k == i]) for i in range(k.max() + 1)]) for f in (np.min, np.max)))
+        ends_of = lambda k, f: np.array([f(value[own][k == i]) for i in range(k.max() + 1)])
+        span = lambda k: apart(ends_of(k, np.min), ends_of(k, np.max))
         level, short = n[0] == full[own[0]] and (n == n[0]).all(), n[n < full[own[0]]]
-        last = len(n) > len(short) == 1 and (len(n) > 2 or 2 * short[0] >= full[own[0]])   # an acquisition that was stopped
+        last = len(n) > len(short) == 1 and (len(n) > 2 or 2 * short[0] >= full[own[0]])   # stopped too early
         if not (level and (steady or span(places)) or (level or last) and span(rank[own])): return None
     return refine(labels, rank.tolist())
 
@@ -982,25 +985,31 @@ class Slice(NamedTuple):
     number: int                  # of the frame in its file
     header: Dataset              # its own
     place: np.ndarray|None       # from `slice_place`
+    of: int                      # slices in the file
 
-KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE OUT_PHASE ADC FA TRACEW LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
+KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE OUT_PHASE ADC FA TRACEW "
+            "LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
 
 def tag_text(word:str, value:tuple|None, others:list[tuple|None])->str:
     "What a volume is called by one of its tags"
     if value is None: return f"no {word}"
-    if not isinstance(value[0], str): return f"{word} {' '.join(f'{v:.3g}' if word in ('direction', 'velocity') else f'{v:g}' for v in value)}"
+    digits = ".3g" if word in ("direction", "velocity") else "g"
+    if not isinstance(value[0], str): return f"{word} {' '.join(f'{v:{digits}}' for v in value)}"
     known = [v for v in value if v in KINDS and any(v not in (o or ()) for o in others)]
     return f"{word} {' '.join(known) or sorted({o for o in others if o}, key=str).index(value) + 1}"
 
 # %% ../nbs/00_loaders.ipynb #f4a3c025
 def tag_columns(
     stack:list[Slice],
-)->tuple[dict[str, list], dict[str, list]]:  # word -> a value of each slice: what may differ between volumes; and what may order them
+)->tuple[dict[str, list], dict[str, list]]:  # word -> values: what may differ between volumes, what may order them
     "What the headers of some slices say that may tell volumes apart"
     read, rows = {}, []
     for s in stack:
-        if id(s.file) not in read: read[id(s.file)] = split_tags(s.file, frame_count(s.file))
-        rows.append(read[id(s.file)][s.number] if s.number < len(read[id(s.file)]) else {})
+        if id(s.file) not in read: read[id(s.file)] = split_tags(s.file, s.of)
+        row = read[id(s.file)][s.number]
+        if s.header is not s.file and "PerFrameFunctionalGroupsSequence" not in s.file:
+            row = row | split_tags(s.header, 1)[0]   # made from a list in the file
+        rows.append(row)
     values = {word: [comparable(first_tag(r, tags)) for r in rows] for word, tags in VOLUME_TAGS.items()}
     index = [comparable(r.get("DimensionIndexValues")) or () for r in rows]
     for k in range(max(map(len, index))): values[f"dimension {k + 1}:"] = [v[k:k + 1] or None for v in index]
@@ -1017,13 +1026,15 @@ def volume_labels(
 )->np.ndarray:          # (N,) number of its volume; slices that nothing tells apart share one
     "Which slices make one volume"
     labels, full = source, cell_counts(source, place)[0][source]
-    last = lambda word: word == "folder"
     for cut in (False, True):
-        for word in values:
-            if not last(word) and (new := divide(labels, place, values[word], full, cut)) is not None: labels = new
+        for word, column in values.items():
+            if word == "folder": continue   # asked when nothing else tells
+            if (new := divide(labels, place, column, full, cut)) is not None: labels = new
     for word, order in orders.items():
-        if cell_counts(labels, place)[2].max() > 1 and (new := ranked(labels, place, full, order, word == "TriggerTime")) is not None: labels = new
-    if "folder" in values and (new := divide(labels, place, values["folder"], full, False)) is not None: labels = new
+        if cell_counts(labels, place)[2].max() == 1: break
+        if (new := ranked(labels, place, full, order, word == "TriggerTime")) is not None: labels = new
+    new = divide(labels, place, values["folder"], full, False) if "folder" in values else None
+    labels = labels if new is None else new
     return labels
 
 # %% ../nbs/00_loaders.ipynb #f4a3c027
@@ -1034,7 +1045,7 @@ def name_volumes(
     "What the volumes are called, and in which order they come"
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
     names, marks = [{} for _ in members], [()] * len(members)
-    for word, column, ordered in [*((w, v, False) for w, v in values.items()), *((w, v, True) for w, v in orders.items())]:
+    for word, column, ordered in [(w, v, table is orders) for table in (values, orders) for w, v in table.items()]:
         own = [{column[i] for i in m} for m in members]
         if word == "folder" or any(None in o if ordered else len(o) > 1 for o in own): continue
         of = [min(o) if ordered else next(iter(o)) for o in own]
@@ -1042,21 +1053,23 @@ def name_volumes(
         if len(set(new)) == len(set(marks)): continue
         marks = new
         for name, v in zip(names, of):
-            name[word] = tag_text(word, v, of) if not ordered else f"{word} +{v - min(of):g} s" if word in TIME_TAGS else f"{word} {v:g}"
-    by_time = [[min((c[i] for i in m if c[i] is not None), default=0) for c in orders.values()] for m in members]
+            if not ordered: name[word] = tag_text(word, v, of)
+            else: name[word] = f"{word} +{v - min(of):g} s" if word in TIME_TAGS else f"{word} {v:g}"
+    first = lambda column, m: min((column[i] for i in m if column[i] is not None), default=0)
+    by_time = [[first(column, m) for column in orders.values()] for m in members]
     order = sorted(range(len(members)), key=lambda k: (marks[k], by_time[k], int(members[k][0])))
     return [(k, names[k]) for k in order]
 
 # %% ../nbs/00_loaders.ipynb #f4a3c028
 def stack_volumes(
     stack:list[Slice],  # parallel, of one series
-)->list[tuple[list[Slice], dict[str, str], dict[str, str]]]: # the slices of each volume, its name when there are several, and what is wrong with it
+)->list[tuple[list[Slice], dict[str, str], dict[str, str]]]: # slices, name and faults of each volume
     "The volumes that lie at the places of one stack"
     if len(stack) < 2 or any(s.place is None for s in stack): return [(stack, {}, {})]
     depth = np.array([s.place[:3] for s in stack]) @ np.cross(*stack[0].place[3:9].reshape(2, 3))
     by, place = np.argsort(depth, kind="stable"), np.zeros(len(stack), int)
     place[by] = np.cumsum(np.r_[0, np.diff(depth[by]) > place_tolerance(stack[0].header)])
-    files = [str(s.file.get("ConcatenationUID") or s.path) if frame_count(s.file) > 1 else "" for s in stack]
+    files = [str(s.file.get("ConcatenationUID") or s.path) if s.of > 1 else "" for s in stack]
     source = refine(np.zeros(len(stack), int), files)
     if source.max() == 0 and place.max() + 1 == len(stack): return [(stack, {}, {})]
     values, orders = tag_columns(stack)
@@ -1067,7 +1080,8 @@ def stack_volumes(
     for k, name in name_volumes(labels, values, orders):
         own = np.flatnonzero(labels == k)
         lack = full[source[own[0]]] - wide[k]
-        found.append(([stack[i] for i in own], name, dict(gap=f"missing slices: {lack}, which other volumes of the series have") if lack else {}))
+        faults = dict(gap=f"missing slices: {lack}, which other volumes of the series have") if lack else {}
+        found.append(([stack[i] for i in own], name, faults))
     return found
 
 # %% ../nbs/00_loaders.ipynb #3d6283ba
@@ -1076,7 +1090,8 @@ def series_of(
 )->list[tuple[str, str, list[tuple[Path, Dataset]]]]: # SeriesInstanceUID, how it was made up if it was, and the files
     "Which images are of one series, also where its identifier is missing or each slice has its own"
     text = lambda d, name: str(d.get(name) or "").strip()
-    at_home = lambda p, d: (str(p.parent), *(text(d, n) for n in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID")))
+    names = "StudyInstanceUID", "FrameOfReferenceUID", "PatientID"
+    at_home = lambda p, d: (str(p.parent), *(text(d, n) for n in names))
     named, nameless = defaultdict(list), defaultdict(list)
     for p, d in headers:
         if uid := text(d, "SeriesInstanceUID"): named[uid].append((p, d))
@@ -1086,14 +1101,17 @@ def series_of(
         if len(files) > 1 or frame_count(files[0][1]) > 1: continue
         (p, d), = files
         if len(h := frame_headers(d)) == 1 and (v := slice_place(h[0])) is not None:
-            single[(*at_home(p, d), *(text(h[0], n) for n in ("SOPClassUID", "Rows", "Columns")))].append((uid, v, files[0]))
-    found = [("", f"no SeriesInstanceUID: {len(files)} files of one folder, study and frame of reference", files) for files in nameless.values()]
+            kind = (text(h[0], n) for n in ("SOPClassUID", "Rows", "Columns"))
+            single[(*at_home(p, d), *kind)].append((uid, v, files[0]))
+    of = "of one folder, study and frame of reference"
+    found = [("", f"no SeriesInstanceUID: {len(files)} files {of}", files) for files in nameless.values()]
     for kind in single.values():
         for k in set((which := directions(np.array([v for _, v, _ in kind]))).tolist()):
             own = [s for s, w in zip(kind, which) if w == k]
             if len({tuple(v[:3].round(3)) for _, v, _ in own}) < 3: continue
             for uid, *_ in own: del named[uid]
-            found.append((min(uid for uid, *_ in own), f"a SeriesInstanceUID for each of {len(own)} slices of one folder, study and frame of reference", [f for *_, f in own]))
+            files = [f for *_, f in own]
+            found.append((min(uid for uid, *_ in own), f"a SeriesInstanceUID for each of {len(own)} slices {of}", files))
     return found + [(uid, "", files) for uid, files in named.items()]
 
 # %% ../nbs/00_loaders.ipynb #f4a3c032
@@ -1101,13 +1119,14 @@ def stray_slices(
     of:np.ndarray,      # (N,) number of the stack of each slice
     places:np.ndarray,  # (N, 11), from `slice_place`
     k:int,              # one of the stacks
-)->tuple[np.ndarray, float]: # (N,) which slices of other stacks lie between the slices of this one; by how many degrees they are turned at most
+)->tuple[np.ndarray, float]: # (N,) which slices of other stacks lie between its own; how far they are turned, degrees
     "Nearly parallel slices that lie within a stack, and not at its places"
     normals = np.cross(places[:, 3:6], places[:, 6:9])
     depth, first = places[:, :3] @ normals[of == k][0], np.argmax(of == k)
     own = np.sort(depth[of == k])
     own = own[np.r_[True, np.diff(own) > .05]]
-    stray = (of != k) & (np.abs(normals @ normals[first]) > np.cos(np.radians(5))) & (depth > own[0]) & (depth < own[-1])
+    parallel = np.abs(normals @ normals[first]) > np.cos(np.radians(5))
+    stray = (of != k) & parallel & (depth > own[0]) & (depth < own[-1])
     if not stray.any(): return stray, 0.
     at = np.searchsorted(own, depth[stray])
     stray[stray] = np.minimum(depth[stray] - own[at - 1], own[at] - depth[stray]) > .2 * np.median(np.diff(own))
@@ -1122,7 +1141,7 @@ def stray_faults(
     found, sources = [""] * len(stacks), defaultdict(list)   # files of many slices stand alone
     for k, stack in enumerate(stacks if len(stacks) > 1 else ()):
         for s in stack:
-            if s.place is not None: sources[s.path if frame_count(s.file) > 1 else ""].append((k, s.place))
+            if s.place is not None: sources[s.path if s.of > 1 else ""].append((k, s.place))
     for placed in sources.values():
         of, places = np.array([k for k, _ in placed]), np.array([v for _, v in placed])
         for k in np.flatnonzero(np.bincount(of) > 1):
@@ -1130,7 +1149,8 @@ def stray_faults(
             if not stray.any(): continue
             why = f"are turned by {turn:.2f}°" if turn > .03 else "differ in size, pixel spacing or class"
             found[k] = f"slices of its series between its own that {why}: {stray.sum()}"
-            for other in set(of[stray].tolist()): found[other] = found[other] or f"it lies between slices of its series that {why}"
+            for other in set(of[stray].tolist()):
+                found[other] = found[other] or f"it lies between slices of its series that {why}"
     return found
 
 # %% ../nbs/00_loaders.ipynb #f4a3c033
@@ -1152,9 +1172,10 @@ def part_of(own:list[Slice], name:dict[str, str], note:str, faults:dict[str, str
     "Slices as the files they are in, in the order of their paths"
     files = defaultdict(dict)
     for s in sorted(own, key=lambda s: (s.path, s.number)): files[s.path, id(s.file)][s.number] = s
-    whole = lambda s, of: len(of) == frame_count(s.file)
+    whole = lambda s, of: len(of) == s.of
     first = [(next(iter(of.values())), of) for of in files.values()]
-    return Part([(s.path, s.file if whole(s, of) else shared_file(s.file, {k: x.header for k, x in of.items()})) for s, of in first],
+    header = lambda s, of: s.file if whole(s, of) else shared_file(s.file, {k: x.header for k, x in of.items()})
+    return Part([(s.path, header(s, of)) for s, of in first],
                 ", ".join(filter(None, (*name.values(), note))), faults, tuple(name))
 
 # %% ../nbs/00_loaders.ipynb #f4a3c035
@@ -1168,7 +1189,8 @@ def series_groups(
         for p, d in files:
             if not (own := frame_headers(d)): found.append((-1, p, uid, [Part([(p, d)], note)]))   # a film
             for k, h in enumerate(own):
-                kinds[tuple(str(h.get(n)) for n in ("SOPClassUID", "Rows", "Columns"))].append(Slice(p, d, k, h, slice_place(h)))
+                kind = tuple(str(h.get(n)) for n in ("SOPClassUID", "Rows", "Columns"))
+                kinds[kind].append(Slice(p, d, k, h, slice_place(h), len(own)))
         stacks = [s for own in kinds.values() for s in kind_stacks(own)]
         for stack, stray in zip(stacks, stray_faults(stacks)):
             around = dict(between=stray) if stray else {}
@@ -1452,7 +1474,8 @@ def what_helps(
 )->str:
     "What to do about the findings of a series; only what would help this one"
     kinds = set(series_faults(headers))
-    if kinds <= {"gap", "tilt"}: return f"complete it, or have it resampled with allow=({', '.join(map(repr, sorted(kinds | {*allow} & {'gap', 'tilt'})))},)"
+    asked = ", ".join(map(repr, sorted(kinds | {*allow} & {"gap", "tilt"})))
+    if kinds <= {"gap", "tilt"}: return f"complete it, or have it resampled with allow=({asked},)"
     if "copies" in kinds: return "keep one slice of each place"
     if len(headers) == 1: return "export it again, or convert it to NIfTI"
     return "keep the files of one complete series"
@@ -1491,8 +1514,10 @@ def mixed_reasons(groups:dict[str, Part])->list[str]:
     for k, g in groups.items(): series[k.partition(".")[0]] += len({p for p, _ in g})
     if len(series) > 1: return [f"{len(series)} series are mixed ({', '.join(map(str, series.values()))} files)"]
     volumes = [g for g in groups.values() if g.words]
-    found = [v for k, v in series_faults(Part(h for g in groups.values() for h in g)).items() if k not in ("copies", "gap", "tilt")]
-    if volumes: found.append(f"{len(volumes)} volumes lie at the same places and differ in {', '.join(dict.fromkeys(w for g in volumes for w in g.words))}")
+    faults = series_faults(Part(h for g in groups.values() for h in g))
+    found = [v for k, v in faults.items() if k not in ("copies", "gap", "tilt")]
+    words = ", ".join(dict.fromkeys(w for g in volumes for w in g.words))
+    if volumes: found.append(f"{len(volumes)} volumes lie at the same places and differ in {words}")
     return found or [f"it holds {len(groups)} scans"]
 
 def choose_part(
@@ -1507,7 +1532,8 @@ def choose_part(
     sound = [k for k, f in faults.items() if not set(f) - {*allow}]
     offered = sound or [k for k, f in faults.items() if set(f) <= {"gap", "tilt"}]
     size = lambda g: f"{len(g)} files" if len(g) > 1 else f"{len(slice_headers(g)) or 1} slices"
-    choices = ", ".join(f"{path}#{k} ({', '.join(filter(None, (groups[k].note, size(groups[k]))))})" for k in offered[:9])
+    about = lambda g: ", ".join(filter(None, (g.note, size(g))))
+    choices = ", ".join(f"{path}#{k} ({about(groups[k])})" for k in offered[:9])
     if len(offered) > 9: choices += f" and {len(offered) - 9} more, which find_series() lists"
     if key: raise LoadError(f"{path} has no series {key!r}; it has {choices or 'none that can be read'}")
     found, kinds = mixed_reasons(groups), sorted({kind for k in offered for kind in faults[k]})
@@ -1529,7 +1555,8 @@ def read_series(
     path, headers = Path(files[0]), [h for f in files for h in dicom_headers(Path(f))]
     if len(files) > 1: path = path.parent
     with reading(path, "a DICOM series"): groups = series_groups(headers)
-    if len(groups) > 1: raise LoadError(f"{path} is not one regular volume: {'; '.join(mixed_reasons(groups))}; give the files of one of them")
+    if len(groups) > 1: raise LoadError(
+        f"{path} is not one regular volume: {'; '.join(mixed_reasons(groups))}; give the files of one of them")
     return read_images(next(iter(groups.values())), path, allow)
 
 def read_dicom(
@@ -1546,7 +1573,8 @@ def read_dicom(
         part = choose_part(series_groups(kept), path, key, allow)
         series = {str(d.get("SeriesInstanceUID") or "") for _, d in part}
         again = sum(str(d.get("SeriesInstanceUID") or "") in series for p, d in headers if p in set(copies))
-    if again and len(part) > 1: raise LoadError(f"{path} is not one regular volume: copies of its own images in its folder: {again}; remove the copies")
+    if again and len(part) > 1: raise LoadError(
+        f"{path} is not one regular volume: copies of its own images in its folder: {again}; remove the copies")
     if "SeriesInstanceUID" in part.note: log.info("%s is read as one series; it has %s", path, part.note)
     return read_images(part, path, allow, deidentified)
 

@@ -126,7 +126,7 @@ class Series(NamedTuple):
     files: list[Path]            # every file
     findings: list[str]          # why it is refused; empty when it is one regular volume, or one picture
     parts: int = 1               # into how many its SeriesInstanceUID falls: 3 or more for a localizer
-    note: str = ""               # which of several volumes at the same places it is, such as 'EchoTime 30'; and how a series without an identifier was put together
+    note: str = ""               # which of several volumes it is, such as 'EchoTime 30'; how it was found without an identifier
 
 # %% ../nbs/05_series.ipynb #45b112ff
 def describe_series(
@@ -165,14 +165,17 @@ def series_path(
     first, d = group[0]
     folders = {str(p.parent) for p, _ in group}
     root, known = Path(os.path.commonpath(folders)), {} if known is None else known
-    shared, doubted = hasattr(d, "chosen"), bool(getattr(group, "faults", None))   # alone, a doubted slice would be a picture like any other
+    shared = hasattr(d, "chosen")
+    doubted = bool(getattr(group, "faults", None))   # such a slice, read alone, would be a picture like any other
     if len(group) == 1 and not shared and not doubted: return str(first)
     if len(group) == 1 and shared: images, where, near = [(first, whole_file(d))], first, lambda p: True
     elif alone and len(folders) == 1: return str(root)
     elif len(folders) == 1: where, near = root, lambda p: p.parent == root
     else: where, near = root/"**", lambda p: root in p.parents
     at = where, where == first or id(images)
-    if at not in known: known[at] = file_keys(series_groups(leave_out_copies([h for h in images if near(h[0])])[0]))
+    if at not in known:
+        kept, _ = leave_out_copies([h for h in images if near(h[0])])
+        known[at] = file_keys(series_groups(kept))
     return f"{where}#{known[at][first, tuple(getattr(d, 'chosen', ()))]}"
 
 # %% ../nbs/05_series.ipynb #fa367d8c
@@ -228,7 +231,8 @@ def name_series(
         of |= {p: uid for p, _ in found}
         for p, d in found: folders[p.parent].append((p, d))
     kept, copies = leave_out_copies([h for found in folders.values() for h in found])
-    left_out, here = defaultdict(list), Counter(p.parent for p in results)   # copies of each series; scans in each folder, as `load_scan` counts them
+    left_out = defaultdict(list)                # copies of each series
+    here = Counter(p.parent for p in results)   # scans in each folder, as `load_scan` counts them
     for p in copies: left_out[of[p]].append(p)
     doubled, by_file = {p.parent for p in copies}, defaultdict(list)
     for f, found in folders.items():
@@ -240,7 +244,8 @@ def name_series(
         home = {p.parent for p, _ in members}
         near = images[uid] if len(home) > 1 else folders[next(iter(home))]
         lost = [p for u in {of[p] for p, _ in members} for p in left_out[u]]
-        groups = list(series_groups(members).values()) if len(home) > 1 or home & doubled else [g for p, _ in members for g in by_file[p]]
+        if len(home) > 1 or home & doubled: groups = list(series_groups(members).values())
+        else: groups = [g for p, _ in members for g in by_file[p]]
         for group in groups:
             alone = here[group[0][0].parent] == 1
             at = near if len({p.parent for p, _ in group}) > 1 else folders[group[0][0].parent]
@@ -293,7 +298,8 @@ def find_series(
     missing = [m for p in others.get(DICOMDIR, []) for m in missing_files(p, files)]
     series, others["copy"] = name_series(images, results, damaged, missing, allow)
     made = sum("SeriesInstanceUID" in s.note for s in series)
-    if made: log.info("%s: %d series without a SeriesInstanceUID of their own, put together by folder, study, frame of reference and geometry", root, made)
+    if made: log.info("%s: %d series without a SeriesInstanceUID of their own, put together by folder, study, frame "
+                      "of reference and geometry", root, made)
     return SeriesList(series, root, {k: v for k, v in others.items() if v}, [p for _, p in missing])
 
 # %% ../nbs/05_series.ipynb #835e4f80
