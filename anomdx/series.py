@@ -23,7 +23,7 @@ from monai.data import ImageReader, MetaTensor
 from pydicom.datadict import tag_for_keyword
 from pydicom.uid import UID
 from tqdm import tqdm
-from .loaders import HEADER_TAGS, MODALITIES, QUIET, LoadError, keyed_hash, load_scan, read_series, reading, series_findings, series_geometry, series_groups, to_scan
+from .loaders import FRAME_TAGS, HEADER_TAGS, MODALITIES, QUIET, LoadError, drop_private, frame_count, frame_headers, keyed_hash, load_scan, read_series, reading, series_findings, series_geometry, series_groups, to_scan
 
 # %% ../nbs/05_series.ipynb #2417bf8d
 def list_files(
@@ -45,7 +45,7 @@ def list_files(
 
 # %% ../nbs/05_series.ipynb #8384fd7d
 HEAD = 1 << 15   # bytes; most headers are shorter
-TAGS = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, "SOPInstanceUID", "BitsAllocated")})
+TAGS = sorted({tag_for_keyword(k) for k in (*HEADER_TAGS, "SOPInstanceUID", "BitsAllocated")} | {*FRAME_TAGS})
 
 def parse_header(
     path:Path,   # any file
@@ -63,6 +63,7 @@ def parse_header(
         with open(path, "rb") as f: d, end = parse(f)
     if end > size: raise EOFError("the header goes on after the end of the file")
     syntax, kept = UID(d.file_meta.get("TransferSyntaxUID") or "1.2.840.10008.1.2"), pydicom.Dataset(d)   # lets go of the bytes
+    drop_private(kept)
     for _ in kept: pass   # decodes
     kept.SOPClassUID = kept.get("SOPClassUID") or d.file_meta.get("MediaStorageSOPClassUID")   # a DICOMDIR says it only there
     packed = syntax.is_transfer_syntax and (syntax.is_compressed or syntax.is_deflated)
@@ -156,7 +157,8 @@ def describe_series(
             if findings == series_findings(images) == []: geometry = series_geometry(images)
             if not all(1e-7 < v < 1e6 for v in geometry.get("spacing", ())): findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
-    n = sum(int(h.get("NumberOfFrames") or 1) for _, h in images)
+    n = sum(frame_count(h) for _, h in images)
+    d = next(iter(frame_headers(d)), d)
     shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), d.get("Modality")
     return Series(path, hashed("PatientID"), hashed("StudyInstanceUID"), modality if modality in MODALITIES else "",
                   geometry.get("shape", shape), tuple(map(float, geometry.get("spacing", ()))), [p for p, _ in images], findings)
