@@ -368,15 +368,16 @@ def private_value(
 )->object:      # as pydicom reads it; None where it is missing or unreadable
     "The value of a scanner's own element, in whichever block it lies. Source: DICOM PS3.5 7.8.1 and 6.2.2 (UN)"
     creator, group, element = PRIVATE[name]
-    here = d.keys()
+    here = d.keys()   # plain numbers, quick to ask
     for n in range(0x10, 0x20):
         block, tag = group << 16 | n, group << 16 | n << 8 | element
         if block not in here or tag not in here or str(d[block].value).strip() != creator: continue
-        try: value = d[tag].value
-        except Exception: return None
-        if not isinstance(value, bytes) or name == "csa": return value
-        if name != "frames": return value.decode("latin-1").strip("\0 ")
-        return read_sequence(io.BytesIO(value), True, True, len(value), "latin-1")
+        try:
+            value = d[tag].value
+            if name == "csa" or not isinstance(value, bytes): return value
+            if name == "frames": return read_sequence(io.BytesIO(value), True, True, len(value), "latin-1")
+            return value.decode("latin-1").strip("\0 ")
+        except Exception: return None   # pydicom raises many
 
 def tiled(
     d:Dataset,  # header of a file
@@ -505,6 +506,15 @@ def mosaic_count(
     if len(counts) > 1: raise LoadError(f"it is a mosaic of {counts[0]} or {counts[1]} slices: its elements (0019,xx0A) and (0029,xx10) contradict each other")
     return counts[0]
 
+def fit_tiles(
+    d:Dataset,  # header of a picture of tiles
+    rows:int,
+    columns:int,
+)->None:
+    "Refuse a picture that cannot be cut into `rows` x `columns` tiles"
+    if not rows * columns or d.Rows % rows or d.Columns % columns: raise LoadError(
+        f"it is a {tiled(d)} whose {d.Rows} x {d.Columns} pixels cannot be cut into {rows} x {columns} tiles, as its number of slices asks for")
+
 def mosaic_places(
     d:Dataset,  # header of a Siemens mosaic
 )->tuple[int, int, np.ndarray]:  # rows and columns of tiles; position of each slice (N, 3), LPS mm
@@ -512,6 +522,7 @@ def mosaic_places(
     csa = csa_values(private_value(d, "csa"))
     count = mosaic_count(d, csa)
     side = math.isqrt(count - 1) + 1
+    fit_tiles(d, side, side)
     place, between, normal = slice_place(d), numbers(d.get("SpacingBetweenSlices"), 1), numbers(csa.get("SliceNormalVector"), 3)
     if place is None: raise LoadError("it is a mosaic without a readable position, orientation or pixel spacing")
     if between is None or between[0] <= 0: raise LoadError("it is a mosaic without a readable SpacingBetweenSlices (0018,0088)")
@@ -531,15 +542,17 @@ def vframe_places(
     count, frames = numbers(private_value(d, "tiles"), 1), private_value(d, "frames")
     if count is None or count[0] < 1 or not frames: raise LoadError("it is a VFRAME picture, many slices in one picture, but its private elements "
         "(0065,xx50) and (0065,xx51), their number and places, are missing or unreadable")
-    if len(frames) != count[0]: raise LoadError(f"it is a VFRAME picture of {count[0]:.0f} slices with {len(frames)} places")
+    if not all(isinstance(f, Dataset) for f in frames) or len(frames) != count[0]: raise LoadError(f"it is a VFRAME picture of {count[0]:.0f} slices with {len(frames)} places")
     places = [numbers(f.get("ImagePositionPatient"), 3) for f in frames]
     if any(p is None for p in places): raise LoadError("it is a VFRAME picture with a slice that has no readable position")
     columns = math.isqrt(len(places) - 1) + 1
-    return -(-len(places) // columns), columns, np.array(places)
+    rows = -(-len(places) // columns)
+    fit_tiles(d, rows, columns)
+    return rows, columns, np.array(places)
 
 # %% ../nbs/00_loaders.ipynb #6b0d3a2b
 NM_FRAMES = {"STATIC": "views or energies", "DYNAMIC": "times", "GATED": "heart phases", "WHOLE BODY": "views of the whole body", "TOMO": "projections",
-             "GATED TOMO": "projections"}   # what they are, if no slices. DICOM PS3.3 C.8.4.9.1.1
+             "GATED TOMO": "projections"}   # what they are, if no slices: DICOM PS3.3 C.8.4.9.1.1
 
 def tomogram_headers(
     d:Dataset,       # header of a nuclear medicine file
@@ -548,8 +561,9 @@ def tomogram_headers(
     n, kind = int(d.get("NumberOfFrames") or 1), " ".join(str(w).upper() for w in (d.get("ImageType") or ())[2:3])
     if kind not in ("RECON TOMO", "RECON GATED TOMO"):
         if n == 1: return [d]
-        raise LoadError(f"it is a nuclear medicine file of kind {kind or 'unknown'}, whose frames are {NM_FRAMES.get(kind, 'not said to be slices')}; "
-            "only reconstructed ones (RECON TOMO) are volumes")
+        what = f"of kind {kind}, whose frames are {NM_FRAMES[kind]}" if kind in NM_FRAMES else "whose ImageType does not say what its frames are"
+        raise LoadError(f"it is a nuclear medicine file {what}; only reconstructed ones (RECON TOMO) are volumes")
+    if n > 65535: raise LoadError(f"it claims {n} frames, more than a nuclear medicine file can number")
     base = Dataset()
     base.update(d)
     detectors = d.get("DetectorInformationSequence") or []
@@ -582,11 +596,7 @@ def tile_places(
     d:Dataset,  # header of a picture of tiles
 )->tuple[int, int, np.ndarray]:  # rows and columns of tiles; position of each slice (N, 3), LPS mm
     "How a picture is cut into slices, and where they lie; refused with what is missing"
-    kind = tiled(d)
-    rows, columns, places = vframe_places(d) if kind == "VFRAME" else mosaic_places(d)
-    if d.Rows % rows or d.Columns % columns: raise LoadError(f"it is a {kind} of {len(places)} slices, but its {d.Rows} x {d.Columns} pixels cannot be cut "
-        f"into {rows} x {columns} tiles")
-    return rows, columns, places
+    return vframe_places(d) if tiled(d) == "VFRAME" else mosaic_places(d)
 
 def inner_headers(
     d:Dataset,      # header of a picture of tiles, or of a nuclear medicine file

@@ -153,12 +153,12 @@ def describe_series(
     d, hashed, geometry = images[0][1], lambda name: keyed_hash(str(d.get(name))) if d.get(name) else "", {}
     try:
         with reading(path, "a series"):
+            d = next(iter(frame_headers(d)), d)   # of a slice, which may be a part of the picture
             findings = series_findings(images, allow)
             if findings == series_findings(images) == []: geometry = series_geometry(images)
             if not all(1e-7 < v < 1e6 for v in geometry.get("spacing", ())): findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
     n = sum(frame_count(h) for _, h in images)
-    d = next(iter(frame_headers(d)), d)
     shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), d.get("Modality")
     return Series(path, hashed("PatientID"), hashed("StudyInstanceUID"), modality if modality in MODALITIES else "",
                   geometry.get("shape", shape), tuple(map(float, geometry.get("spacing", ()))), [p for p, _ in images], findings)
