@@ -512,8 +512,10 @@ def fit_tiles(
     columns:int,
 )->None:
     "Refuse a picture that cannot be cut into `rows` x `columns` tiles"
-    if not rows * columns or d.Rows % rows or d.Columns % columns: raise LoadError(
-        f"it is a {tiled(d)} whose {d.Rows} x {d.Columns} pixels cannot be cut into {rows} x {columns} tiles, as its number of slices asks for")
+    size = d.get("Rows"), d.get("Columns")
+    if not all(isinstance(n, int) and n >= 1 for n in size): raise LoadError(f"it is a {tiled(d)} without a readable number of rows or columns")
+    if size[0] % rows or size[1] % columns: raise LoadError(
+        f"it is a {tiled(d)} whose {size[0]} x {size[1]} pixels cannot be cut into {rows} x {columns} tiles, as its number of slices asks for")
 
 def mosaic_places(
     d:Dataset,  # header of a Siemens mosaic
@@ -585,8 +587,7 @@ def tomogram_headers(
     step = between * np.cross(place[3:6], place[6:9])
     frames = []
     for k, s in enumerate(slices):
-        frames.append(h := Dataset())
-        h.update(base)
+        frames.append(h := Dataset(dict(base.items())))   # as `update`, without its checks
         h.add_new("ImagePositionPatient", "DS", (place[:3] + (s - slices[0]) * step).tolist())
         if mixed: h.add_new("TemporalPositionIdentifier", "IS", int(vectors["TimeSlotVector"][k]))
     return frames
@@ -611,8 +612,7 @@ def inner_headers(
     base.add_new("Rows", "US", d.Rows // rows)
     base.add_new("Columns", "US", d.Columns // columns)
     for place in places:
-        slices.append(h := Dataset())
-        h.update(base)
+        slices.append(h := Dataset(dict(base.items())))   # as `update`, without its checks
         h.add_new("ImagePositionPatient", "DS", place.tolist())
     return slices
 
@@ -630,7 +630,8 @@ def frame_fault(
 )->str:         # '' where they can
     "Why the slices inside a file cannot be told apart"
     try:
-        if tiled(d) or d.get("SOPClassUID") in NUCLEAR: inner_headers(d)
+        if tiled(d): tile_places(d)
+        elif d.get("SOPClassUID") in NUCLEAR: tomogram_headers(d)
     except LoadError as e: return str(e)
     return ""
 
