@@ -585,6 +585,7 @@ def tomogram_headers(
     if slices[0] != slices.min(): raise LoadError("its first frame is not its first slice (SliceVector), so it is not known which one its position belongs to")
     if "SliceVector" not in vectors and int(d.get("NumberOfSlices") or n) != n: raise LoadError(f"it has {n} frames of {d.NumberOfSlices} slices, but no SliceVector")
     step = between * np.cross(place[3:6], place[6:9])
+    for name in ("NumberOfFrames", "DetectorInformationSequence", *VECTORS): base.pop(Tag(name), None)   # of the file, not of a slice
     frames = []
     for k, s in enumerate(slices):
         frames.append(h := Dataset(dict(base.items())))   # as `update`, without its checks
