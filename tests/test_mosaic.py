@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from anomdx.loaders import LoadError, dicom_header, frame_headers, load_scan, save_map
+from anomdx.loaders import LoadError, dicom_header, dicom_headers, frame_headers, load_scan, save_map, series_groups
 from anomdx.series import find_series
 from scans import DATA, block, compress, corners, csa_block, dataset, write_enhanced, write_mosaic, write_tomogram, write_vframe
 
@@ -57,6 +57,21 @@ def test_real_tiles_equal_dcm2niix(name, shape, tmp_path):
         assert far < .01 and off == 0
         assert s.findings == [] and s.shape == scan.shape[1:] and s.spacing == pytest.approx(scan.meta["spacing"])
         assert scan.meta["spacing"] == pytest.approx(np.linalg.norm(affine[:3, :3], axis=0), abs=1e-5) and scan.meta["oriented"]
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["siemens_mosaic", "uih_mosaic"])
+def test_real_tiles_by_key(name):
+    "The folder is refused with a key for each volume, and each key gives what the file gives"
+    folder = Path(DATA)/"dicom_odd"/name
+    groups = series_groups(dicom_headers(folder))
+    with pytest.raises(LoadError) as e: load_scan(folder)
+    assert len(groups) == 2 and all(f"{folder}#{key} " in str(e.value) for key in groups)
+    for key, part in groups.items():
+        (path, _), = part
+        a, b = load_scan(f"{folder}#{key}"), load_scan(path)
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+        np.testing.assert_array_equal(a.affine, b.affine)
 
 
 @needs_data
@@ -199,7 +214,7 @@ UNKNOWN_FRAMES = dict(
     deidentified=(lambda d: d.remove_private_tags(), "(0065,xx50)"), no_number=(lambda d: d.__delitem__(0x00651050), "(0065,xx50)"),
     no_places=(lambda d: d.__delitem__(0x00651051), "(0065,xx51)"), fewer_places=(lambda d: d[0x00651051].value.pop(), "7 slices with 6 places"),
     no_position=(lambda d: d[0x00651051].value[3].__delitem__("ImagePositionPatient"), "no readable position"),
-    wrong_size=(lambda d: setattr(d, "Rows", 41), "cannot be cut"), text=(lambda d: d.add_new(0x00651051, "LO", "1234567"), "7 places"),
+    wrong_size=(lambda d: (setattr(d, "Rows", 41), setattr(d, "PixelData", d.PixelData[:41 * d.Columns * 2])), "cannot be cut"), text=(lambda d: d.add_new(0x00651051, "LO", "1234567"), "7 places"),
     full_tiles=(lambda d: setattr(d, "PixelData", bytes(range(252)) * (len(d.PixelData) // 252)), "not empty"))
 
 
@@ -290,6 +305,9 @@ def test_gated_tomogram_says_which_time(tmp_path):
     write_tomogram(tmp_path/"a.dcm", block(6, 10, 12), kind="RECON GATED TOMO", NumberOfSlices=3, SliceVector=[1, 2, 3] * 2, TimeSlotVector=[1, 1, 1, 2, 2, 2])
     frames = frame_headers(dicom_header(tmp_path/"a.dcm"))
     assert [(h.ImagePositionPatient[2], h.TemporalPositionIdentifier) for h in frames] == [(5, 1), (8, 1), (11, 1), (5, 2), (8, 2), (11, 2)]
+    keys = list(series_groups(dicom_headers(tmp_path/"a.dcm")))
+    volumes = [load_scan(f"{tmp_path}#{key}") for key in keys]
+    for volume, voxels in zip(volumes, (block(6, 10, 12)[:3], block(6, 10, 12)[3:])): np.testing.assert_array_equal(volume.numpy()[0], voxels.transpose(2, 1, 0))
 
 
 REFUSED = dict(
@@ -298,7 +316,7 @@ REFUSED = dict(
     no_spacing=(lambda d: d.__delitem__("SpacingBetweenSlices"), "SpacingBetweenSlices"),
     energies=(lambda d: setattr(d, "EnergyWindowVector", [1, 1, 1, 2, 2, 2]), "EnergyWindowVector"),
     short_vector=(lambda d: setattr(d, "SliceVector", [1, 2, 3]), "SliceVector"), turned=(lambda d: setattr(d, "SliceVector", [6, 5, 4, 3, 2, 1]), "first slice"),
-    frames=(lambda d: (setattr(d, "NumberOfSlices", 3), d.__delitem__("SliceVector")), "6 frames of 3 slices"), many=(lambda d: setattr(d, "NumberOfFrames", 2000000000), "claims"))
+    frames=(lambda d: (setattr(d, "NumberOfSlices", 3), d.__delitem__("SliceVector")), "6 frames of 3 slices"), many=(lambda d: setattr(d, "NumberOfFrames", 2000000000), "2000000000 frames"))
 
 
 @pytest.mark.parametrize("case", REFUSED)
