@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'BASELINES', 'Baseline', 'MeanIntensity', 'Sharpness', 'CompressedSize', 'to_8bit', 'grey_statistics',
-           'shrunk_covariance', 'GreyStatistics', 'DistanceToMeanImage', 'measurements', 'baseline_scores',
-           'baseline_figures', 'rarity_scores', 'subgroup_figures']
+           'shrunk_covariance', 'GreyStatistics', 'DistanceToMeanImage', 'measurements', 'fit_baselines',
+           'score_baselines', 'baseline_scores', 'baseline_figures', 'rarity_scores', 'subgroup_figures']
 
 # %% ../nbs/52_audit.ipynb #a86a2c58
 import zlib
@@ -132,17 +132,47 @@ def measurements(
     return {name: np.array(r) for name, r in rows.items()}
 
 # %% ../nbs/52_audit.ipynb #0af57c2d
+def fit_baselines(
+    train_images:Iterable[ArrayLike],  # (C, *S) each, healthy training images as the detector gets them
+)->dict[str, Baseline]:                # name -> fitted
+    "All trivial baselines, fitted on healthy images alone"
+    train = measurements(train_images)
+    if (n := len(train["sharpness"])) < 2:
+        raise DataError(f"baselines need at least 2 healthy training images, got {n}")
+    return {name: b().fit(train[name]) for name, b in BASELINES.items()}
+
+def score_baselines(
+    fitted:Mapping[str, Baseline],  # from `fit_baselines`
+    images:Iterable[ArrayLike],     # (C, *S) each, to be scored
+)->dict[str, np.ndarray]:           # name -> (n,) higher is more anomalous
+    "Scores of baselines that are fitted"
+    test = measurements(images)
+    if not len(test["sharpness"]):
+        raise DataError("no image to score")
+    if test["distance_to_mean_image"].shape[1] != len(fitted["distance_to_mean_image"].mean):
+        raise ValueError("training and test images differ in shape; apply one preset to both")
+    return {name: b.score(test[name]) for name, b in fitted.items()}
+
 def baseline_scores(
     train_images:Iterable[ArrayLike],  # (C, *S) each, healthy training images as the detector gets them
     images:Iterable[ArrayLike],        # (C, *S) each, to be scored
 )->dict[str, np.ndarray]:              # name -> (n,) higher is more anomalous
     "Scores of all trivial baselines, fitted on healthy images alone"
-    train = measurements(train_images)
-    if (n := len(train["sharpness"])) < 2: raise DataError(f"baselines need at least 2 healthy training images, got {n}")
-    test = measurements(images)
-    if not len(test["sharpness"]): raise DataError("no image to score")
-    if train["distance_to_mean_image"].shape[1] != test["distance_to_mean_image"].shape[1]: raise ValueError("training and test images differ in shape; apply one preset to both")
-    return {name: b().fit(train[name]).score(test[name]) for name, b in BASELINES.items()}
+    return score_baselines(fit_baselines(train_images), images)
+
+
+# %% ../nbs/52_audit.ipynb #f955a900
+def baseline_arrays(fitted:Mapping[str, Baseline])->dict[str, np.ndarray]: # 'name/what' -> array
+    "All that fitted baselines know"
+    return {f"{name}/{what}": x for name, b in fitted.items() for what, x in vars(b).items()}
+
+def baselines_from(arrays:Mapping[str, np.ndarray])->dict[str, Baseline]: # {} where there is none
+    "The baselines of `baseline_arrays`"
+    fitted = {}
+    for key, x in arrays.items():
+        name, what = key.split("/")
+        setattr(fitted.setdefault(name, BASELINES[name]()), what, x)
+    return fitted
 
 # %% ../nbs/52_audit.ipynb #0f24478f
 def baseline_figures(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'config', 'OVERRIDES', 'PRESET', 'OUT', 'RESUME', 'COMPARE', 'RUN', 'DEMOS', 'exit_status', 'config_list',
            'main', 'config_show', 'tell_credentials', 'config_check', 'checked', 'train', 'evaluate', 'summary',
-           'report', 'predict', 'bench', 'demo']
+           'calibrate', 'report', 'predict', 'bench', 'demo']
 
 # %% ../nbs/80_cli.ipynb #b2c5bffd
 import json, logging, sys, warnings
@@ -23,6 +23,19 @@ def exit_status(
 )->int: # 1 the data, 2 the call
     "Whose mistake it was: a wrong call raises ConfigError, ValueError or one of typer's errors, everything else is found in the data"
     return 2 if isinstance(error, (ConfigError, ValueError)) else getattr(error, "exit_code", 1)
+
+# %% ../nbs/80_cli.ipynb #d4389314
+class Once(logging.Filter):
+    "Lets what is said of the data through once"
+    def __init__(self):
+        super().__init__()
+        self.said = set()
+
+    def filter(self, record:logging.LogRecord)->bool:
+        text = record.getMessage()
+        new = record.name != "anomdx.datasets" or text not in self.said
+        self.said.add(text)
+        return new
 
 # %% ../nbs/80_cli.ipynb #43a7676a
 config = typer.Typer(help="List, show and check configurations.", no_args_is_help=True, rich_markup_mode=None)
@@ -42,7 +55,9 @@ def main(
     args = list(sys.argv[1:] if args is None else args)
     if debug := "--debug" in args: args.remove("--debug")
     else: warnings.simplefilter("ignore")   # of libraries; our own findings are errors
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.addFilter(Once())
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(message)s", handlers=[shown])
     logging.getLogger("anomdx").setLevel(logging.INFO)
     try: sys.exit(app(args or ["--help"], standalone_mode=False))
     except typer.Exit as e: sys.exit(e.exit_code)
@@ -89,17 +104,27 @@ def checked(
     copies:bool,                      # look for copies across the splits, too
 )->str:
     "What a configuration would train on what; raises if it would not"
-    from anomdx.datasets import in_archive
+    from anomdx.datasets import in_archive, mask_findings
     from anomdx.duplicates import check_duplicates
-    from anomdx.experiment import create_detector, create_table, load_config
+    from anomdx.experiment import check_validation, create_detector, create_table, load_config
     cfg = load_config(preset, overrides)
     parameters = sum(p.numel() for p in create_detector(cfg).parameters())
     table = create_table(cfg, ".") if cfg.data.source != "atlas" else None
     if copies and table is not None and in_archive(table): raise ConfigError("--copies reads every image, and these lie in an archive; give it a table of files")
     if copies and table is not None: check_duplicates(table)
+    check_validation(cfg, table)
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
     odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unlisted") and n]
-    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + ', '.join(odd) if odd else 'nothing to object to'}"
+    left_out = dict(refused="refused series", passed="files that are not read", unused="rows that are not used")
+    for key, what in left_out.items() if table is not None else ():
+        given = table.attrs.get(key) or {}
+        n = len(given) if key == "refused" else sum(given.values())
+        odd += [f"{n} {what}"] * bool(n)
+    odd = [", ".join(odd)] * bool(odd)
+    if table is not None:
+        odd += [*table.attrs.get("told", ()), *mask_findings(table, cfg.transform.preset)]
+    return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + '; '.join(odd) if odd else 'nothing to object to'}"
+
 
 # %% ../nbs/80_cli.ipynb #8eb981f5
 OUT = typer.Option(None, "--out", metavar="DIR", help="run folder; default runs/PRESET")
@@ -147,13 +172,33 @@ def summary(
     result:dict, # what `runs.evaluate` returns
 )->str:
     "The figures of an evaluation as text for a terminal"
+    from anomdx.eval import mask_words
     interval = lambda f: f"{f['value']:.3f}  [{f['ci'][0]:.3f}, {f['ci'][1]:.3f}]"
     names = dict(auroc="AUROC", ap="average precision", fpr_at_95tpr="FPR at 95 % TPR", sensitivity_at_95spec="sensitivity at 95 % specificity")
     rows = [(text, interval(result[key])) for key, text in names.items()]
     rows += [(f"AUROC of {key}", interval(f["auroc"])) for key, f in result["baselines"].items()]
     rows += [(f"pixel {key}", f"{value:.3f}") for key, value in (result["pixel"] or {}).items()]
+    rows += [(f"no {what}", why) for what, why in result.get("absent", {}).items()]
     head = f"{result['n']} scans of {result['patients']} patients, {result['n_anomalous']} anomalous; 95 % intervals over patients"
-    return "\n".join([head, *(f"  {name:36} {value}" for name, value in rows)])
+    odd = mask_words(result.get("masks") or {})
+    return "\n".join([head, *(f"  {name:36} {value}" for name, value in rows), *(f"  {line}" for line in odd)])
+
+# %% ../nbs/80_cli.ipynb #774d265c
+@app.command()
+def calibrate(
+    run:Path=typer.Argument(..., help="a run folder"),
+    specificity:Optional[float]=typer.Option(None, help="share of healthy scans to pass, such as 0.9; default as before"),
+    pixel_specificity:Optional[float]=typer.Option(None, help="share of the pixels of healthy scans to pass; default as before"),
+)->None:
+    "Set the thresholds of a run anew, from its healthy validation scans."
+    from anomdx import runs
+    opened = runs.open_run(run)
+    was = opened.threshold
+    now = runs.calibrate(opened, specificity, pixel_specificity)
+    pixels = "" if now["pixel"] is None else f", pixel threshold {now['pixel']:.4g} passes {now['pixel_specificity']:.4%} of their pixels"
+    before = f"; before it was {was['value']:.4g} for {was['target_specificity']:.4g}" if was else ""
+    print(f"{run}: threshold {now['value']:.4g} passes {now['target_specificity']:.4g} of healthy scans, from {now['n']} of them{pixels}{before}. "
+          f"Next: anomdx evaluate {run}")
 
 # %% ../nbs/80_cli.ipynb #ec5158c4
 @app.command()

@@ -8,7 +8,7 @@ __all__ = ['check_scores', 'counts', 'curve_figures', 'resamples', 'with_interva
            'pixel_figures']
 
 # %% ../nbs/50_eval.ipynb #48429b65
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -220,3 +220,16 @@ def pixel_figures(
     px = pixels(maps, masks)
     tp, fp = [np.sum(values > np.float32(threshold)) for values in (px.lesion, px.healthy)]
     return dict(ap=pixel_ap(px), aupro=aupro(px), dice_at_threshold=float(2 * tp / (tp + fp + len(px.lesion))), dice_oracle=dice_oracle(px))
+
+# %% ../nbs/50_eval.ipynb #e50a0002
+def mask_words(
+    marked:Mapping[str, int],  # of the masks of anomalous scans: n, and how many of them are `empty` and `full` (over 95 %); may be {}
+)->list[str]:
+    "What the pixel figures leave out, or should make one doubt"
+    n, out = marked.get("n", 0), []
+    if marked.get("empty"):
+        left = "no pixel figures" if marked["empty"] == n else "pixel figures leave those scans out"
+        out.append(f"{marked['empty']} of {n} masks of anomalous scans mark nothing ({left})")
+    if marked.get("full"):
+        out.append(f"{marked['full']} of {n} masks of anomalous scans mark more than 95 % of the image")
+    return out

@@ -21,9 +21,9 @@ import torch
 from accelerate.utils import set_seed
 from monai.data import MetaTensor
 from torch.utils.data import Dataset
-from .cohorts import AtlasData, write_atlas_cohort
+from .cohorts import AtlasData, cohort_plan, write_atlas_cohort
 from .config import ConfigError, choice, compose, digest, preset_path, read_yaml, to_yaml
-from .datasets import ScanDataset, ScanTable, TableData, check_table, data_digest, healthy_rows, in_archive, load_row, load_table
+from .datasets import ScanDataset, ScanTable, TableData, check_specificity, check_table, data_digest, healthy_rows, in_archive, load_row, load_table
 from .kaggle import NIH, nih_table, open_nih
 from .loaders import atomic_path, load_picture
 from .models import Detector
@@ -100,6 +100,20 @@ def create_table(
     table = Path(folder)/"data"/digest(cfg.data)/"table.csv"   # other people, other folder
     if not table.is_file(): write_atlas_cohort(table.parent, cfg.data)
     return load_table(TableData(str(table)))
+
+# %% ../nbs/49_experiment.ipynb #caa04ef8
+def check_validation(
+    cfg:Config,
+    table:ScanTable|None=None,  # of the run; None: a made cohort
+)->None:
+    "Refuse specificities that the healthy validation scans of a run cannot show"
+    if table is None:
+        n = sum(images for split, _, _, images in cohort_plan(cfg.data) if split == "val")
+    else:
+        n = len(healthy_rows(table, "val"))
+    check_specificity(n, cfg.eval.target_specificity)
+    check_specificity(n * cfg.transform.size ** cfg.transform.spatial_dims, cfg.eval.pixel_specificity, pixels=True)
+
 
 # %% ../nbs/49_experiment.ipynb #43790621
 def create_detector(
@@ -246,7 +260,8 @@ def claim_folder(
     free = ["train.progress", "train.num_workers", "data.cache", "data.cache_gb", "data.budget_mb", "data.conns"]
     if isinstance(cfg.data, StreamData): free.append("data.source")   # the same images from elsewhere; the digest of the data says whether they are
     if cfg.train.schedule == "constant" and not getattr(cfg.data, "stages", []): free.append("train.epochs")   # else what a step does depends on them
-    key = next((k for k in [*new, *old] if new.get(k) != old.get(k) and k not in free), None)
+    other = [k for k in [*new, *old] if new.get(k) != old.get(k) and k not in free]
+    key = next((k for k in other if not k.startswith("eval.")), None)   # how a run is judged does not touch its training
     if key: raise ConfigError(f"{folder} holds another run: its {key} is {old.get(key, 'absent')!r}, not {new.get(key, 'absent')!r}; "
                               "choose another folder with --out" + (", or resume with its own options" if resume else ""))
     if not resume: raise ConfigError(f"{folder} already holds this run; go on with --resume, or choose another folder with --out")
@@ -261,7 +276,10 @@ def run(
     "Train what a configuration asks for; killed and resumed, it ends with the same weights"
     folder = Path(folder)
     claim_folder(cfg, folder, resume)
+    if cfg.data.source == "atlas":
+        check_validation(cfg)   # before a cohort is made
     table = create_table(cfg, folder)
+    check_validation(cfg, table)
     with training_lock(folder):   # a run that another process has just started is not ours to tidy up
         begun = has_begun(folder)
         if not begun:

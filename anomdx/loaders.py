@@ -14,7 +14,7 @@ __all__ = ['QUIET', 'SPACES', 'LENGTHS', 'HEADER_TAGS', 'IDENTITY', 'RESCALE_TAG
            'stored_frames', 'modality_values', 'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry',
            'straighten', 'first_value', 'what_helps', 'read_images', 'read_series', 'read_dicom', 'load_scan',
            'load_picture', 'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture', 'write_back', 'save_map',
-           'save_mask']
+           'save_mask', 'load_mask', 'lesion_of', 'fit_mask']
 
 # %% ../nbs/00_loaders.ipynb #4ff80d1e
 import bz2
@@ -173,20 +173,44 @@ def simplify_channels(
     if len(x) == 3 and (x[0] == x[1]).all() and (x[0] == x[2]).all(): x = x[:1]
     return x
 
+# %% ../nbs/00_loaders.ipynb #3b884385
+def bmp_levels(
+    im:Image.Image,         # an open BMP
+    path:Path,              # for messages
+    data:bytes|None=None,   # its bytes, where they are not in a file
+)->Image.Image:             # the same picture, with the levels that its pixels stand for
+    "A BMP whose grey pixels are stored in another width than Pillow thinks, unpacked. Source: Microsoft, BITMAPINFOHEADER"
+    if im.mode not in ("1", "L") or im.tile[0][0] != "raw":
+        return im
+    data = path.read_bytes() if data is None else data
+    core = int.from_bytes(data[14:18], "little") == 12   # OS/2
+    bits, start = int.from_bytes(data[24 if core else 28:][:2], "little"), int.from_bytes(data[10:14], "little")
+    if bits == (8 if im.mode == "L" else 1):
+        return im
+    (width, height), stride = im.size, (im.width * bits + 31) // 32 * 4   # rows end on four bytes
+    rows = np.frombuffer(data, np.uint8, stride * height, start).reshape(height, stride)
+    levels = np.unpackbits(rows, axis=1).reshape(height, -1, bits)[:, :width] @ (1 << np.arange(bits)[::-1])
+    if im.mode == "1":
+        levels = 255 * levels   # of the two colours
+    if levels.max() > 255:
+        raise LoadError(f"{path} has pixels beyond its palette; the file is damaged, save it again")
+    return Image.fromarray(levels[::im.tile[0][3][2]].astype(np.uint8))
+
 # %% ../nbs/00_loaders.ipynb #439b8cac
 def read_picture(
-    path:Path,              # PNG, JPEG or TIFF
+    path:Path,              # PNG, JPEG, TIFF or BMP
     data:bytes|None=None,   # its bytes, where they are not in a file; `path` is then a name for messages
 )->tuple[np.ndarray, dict]:  # (C, H, W) raw values, and what is known about them
     "Raw values of a picture: nothing scaled, nothing windowed"
-    with reading(path, "a picture"), Image.open(path if data is None else io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as im:
+    with reading(path, "a picture"), Image.open(path if data is None else io.BytesIO(data), formats=("PNG", "JPEG", "TIFF", "BMP")) as im:
         modes = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16L", "I;16B", "F")
         if getattr(im, "n_frames", 1) > 1: raise LoadError(f"{path} holds {im.n_frames} pages, a picture has one; save each page to a file")
-        if ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"): raise LoadError(f"{path} holds 16-bit colour, "
+        if im.format != "BMP" and ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"): raise LoadError(f"{path} holds 16-bit colour, "
             "which would be cut to 8 bits; save it as 16-bit grey or 8-bit colour")
         if im.format == "TIFF" and im.tag_v2.get(262) == 0 and im.mode not in ("1", "L"): raise LoadError(
             f"{path} counts from white (WhiteIsZero) with more than 8 bits, which would be shown inverted; save it as BlackIsZero")
         believe(path, 8 * math.prod(im.size) * len(im.getbands()), os.path.getsize(path) if data is None else len(data))
+        if im.format == "BMP": im = bmp_levels(im, path, data)
         turned = im.getexif().get(274, 1)   # EXIF Orientation; a TIFF forgets it when its values are read
         im = ImageOps.exif_transpose(im)
         if im.mode in ("P", "PA"): im = im.convert("RGBA" if im.mode == "PA" or "transparency" in im.info else "RGB")
@@ -1721,11 +1745,24 @@ ALLOW = dict(
     sform="a NIfTI whose two geometries differ: its sform is trusted", qform="the same: its qform is trusted",
     unoriented="a NIfTI or NRRD that does not say how it lies in the patient: only its voxel size is used")
 
+# %% ../nbs/00_loaders.ipynb #86190396
+def picture_head(
+    path:Path,  # any file
+)->bool:
+    "Whether a file without a suffix begins like a PNG, JPEG, TIFF or BMP"
+    if path.suffix or not path.is_file():
+        return False
+    with open(path, "rb") as f: head = f.read(132)
+    if head[128:] == b"DICM":
+        return False   # a TIFF and a DICOM file in one
+    bitmap = head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124)
+    return bitmap or head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
+
 # %% ../nbs/00_loaders.ipynb #79bb047d
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 def load_scan(
-    path:str|Path,             # .nii, .nii.gz, .nrrd, .nhdr, .png, .jpg, .tif, .dcm, the folder of a DICOM series, FOLDER#key, FILE.dcm#key, or file.npz#key/index
+    path:str|Path,             # .nii, .nii.gz, .nrrd, .nhdr, .png, .jpg, .tif, .bmp, .dcm, the folder of a DICOM series, FOLDER#key, FILE.dcm#key, or file.npz#key/index
     modality:str|None=None,    # 'mri', 'ct', 'chest_xray', …; a DICOM file says it itself. 'ct' also says that NIfTI and NRRD values are HU
     patient:str|None=None,     # whose scan; only its keyed hash is kept
     allow:tuple[str, ...]=(),  # names in `ALLOW` of what to accept
@@ -1739,20 +1776,20 @@ def load_scan(
         if not (file.parent if file.name == "**" else file).exists(): raise LoadError(f"{file} does not exist; check the path (relative ones start at {Path.cwd()})")
         if name.endswith(".npz"): x, meta = read_npz(file, entry)
         elif file.is_dir() or file.name == "**": x, meta = read_dicom(file, entry, allow, deidentified)
-        elif entry and name.endswith((*PICTURES, ".nii", ".nii.gz", ".nrrd", ".nhdr")):
+        elif entry and (name.endswith((*PICTURES, ".nii", ".nii.gz", ".nrrd", ".nhdr")) or picture_head(file)):
             raise LoadError(f"{file} has no part {entry!r}; only .npz files, DICOM files and folders of DICOM files have parts")
-        elif name.endswith(PICTURES): x, meta = read_picture(file)
+        elif name.endswith(PICTURES) or picture_head(file): x, meta = read_picture(file)
         elif name.endswith((".nii", ".nii.gz")): x, meta = read_nifti(file, allow)
         elif name.endswith((".nrrd", ".nhdr")): x, meta = read_nrrd(file, allow)
         elif name.endswith((".dcm", ".ima")) or not file.suffix or dicom_header(file): x, meta = read_dicom(file, entry, allow, deidentified)
-        else: raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF and .npz: convert it to NIfTI")
+        else: raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF, BMP and .npz: convert it to NIfTI")
         if modality == "ct" and meta["format"] in ("nifti", "nrrd"): meta["unit"] = "HU"
         meta |= dict(modality=modality or meta.get("modality", ""), patient=keyed_hash(patient) if patient else meta.get("patient") or keyed_hash(str(file) + entry))
         return to_scan(x, str(path), **meta)
 
 # %% ../nbs/00_loaders.ipynb #32f55223
 def load_picture(
-    data:bytes,              # of a PNG, JPEG or TIFF
+    data:bytes,              # of a PNG, JPEG, TIFF or BMP
     name:str,                # what messages call it, such as images.zip#images/1.png
     modality:str|None=None,  # as for load_scan
     patient:str|None=None,   # whose picture; only its keyed hash is kept
@@ -1846,3 +1883,172 @@ def save_mask(
     x = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
     if not np.isin(x, np.arange(256)).all(): raise ValueError(f"save_mask() needs whole numbers from 0 to 255 for {like.meta['source']}; apply the threshold first")
     return write_back(x, path, like, np.uint8, ".png" if map_suffix(like) == ".tiff" else map_suffix(like))
+
+# %% ../nbs/00_loaders.ipynb #6d61736e
+def whole_labels(
+    x:torch.Tensor,  # (C, *spatial) as read
+    path:str,        # for the refusal
+    step:float=0.,   # between neighbouring values that the file can store (scl_slope); 0 where it is not scaled
+)->tuple[torch.Tensor, bool]:  # whole numbers, and whether half of the weight of a label decided
+    "The labels that the values of a mask stand for"
+    near = max(1e-3, min(.55 * step, .05))   # a label may be stored half a step beside its number
+    whole = x.round()
+    odd = (x - whole).abs() > near
+    if not odd.any():
+        return whole, False
+    low, high = float(x.min()), float(x.max())
+    top = 1 if high <= 1.5 else 255 if 254 <= high <= 280 else 0   # cubic interpolation overshoots
+    soft = (x > top / 2) * float(top)
+    if top and low >= -.5 * top and soft.any():
+        return soft, True
+    raise LoadError(f"{path} holds {int(odd.sum())} values that are no whole numbers, such as {float(x[odd][0]):.4g}, "
+                    f"of {x.numel()} from {low:.4g} to {high:.4g}, but a mask needs labels (0 is background); "
+                    "resample it with nearest neighbours, or round it")
+
+# %% ../nbs/00_loaders.ipynb #6d617371
+def drawn_labels(
+    x:torch.Tensor,  # (C, H, W) of a picture: grey or RGB, with or without transparency
+    path:str,        # for the refusal
+)->tuple[torch.Tensor, dict[tuple, int]]:  # labels (1, H, W), 0 where nothing is drawn; pixels of each colour
+    "What is drawn in a picture"
+    if len(x) in (2, 4):
+        x, alpha = x[:-1], x[-1:]
+        if (levels := len(alpha.unique())) > 2:
+            raise LoadError(f"{path} is transparent in {levels} degrees, so that nobody can say where its labels end; "
+                            "save them as a grey PNG")
+        if (x == x[:, :1, :1]).all():
+            return (alpha > 0).float(), {}
+        x = x * (alpha > 0)
+    if len(x) != 3 or (x == x[:1]).all():
+        return x[:1], {}
+    colours, count = x.flatten(1).T.unique(dim=0, return_counts=True)
+    drawn = {tuple(map(int, c)): int(n) for c, n in zip(colours, count) if c.any()}
+    if len(drawn) > 16:
+        raise LoadError(f"{path} holds {len(drawn)} colours: a picture, not a mask; save the labels alone, "
+                        "as a grey or palette PNG")
+    return x.amax(0, keepdim=True), drawn   # a red of 255 is label 255
+
+# %% ../nbs/00_loaders.ipynb #6d617374
+def grey_edges(
+    x:torch.Tensor,  # (C, *spatial), whole numbers
+)->bool:
+    "Whether a mask of 0 and 255 has grey edges"
+    if not 250 <= x.max() <= 255 or x.min() < 0:
+        return False
+    n = torch.histc(x, 256, 0, 255)
+    dark, light = n[1:128], n[128:250]
+    return min(int((dark > 0).sum()), int((light > 0).sum())) >= 4 and dark.sum() + light.sum() < n[0] + n[250:].sum()
+
+def own_meta(x:MetaTensor)->dict: return {k: v for k, v in x.meta.items() if k != "affine"}
+
+def as_labels(
+    scan:MetaTensor,  # a mask as a reader of scans gives it, (C, *spatial)
+    step:float=0.,    # as for `whole_labels`
+)->MetaTensor:        # (C, *spatial); meta has `read_as`: labels, soft edges or grey edges; and `colours`
+    "The labels of a mask, whole numbers with 0 for the background"
+    x, path, colours = scan.as_tensor(), scan.meta["source"], {}
+    if scan.meta["format"] not in ("nifti", "nrrd") and x.ndim == 3:
+        x, colours = drawn_labels(x, path)
+    if len(x) > 1 and ((x.sum(0) - 1).abs() < 1e-3).all():
+        raise LoadError(f"{path} gives each voxel to one of its {len(x)} channels, the background among them, and does not "
+                        "say which that is; save one channel of labels, or the lesions' channels alone")
+    x, soft = whole_labels(x, path, step)
+    edges = "soft edges" if soft else "grey edges" if grey_edges(x) else "labels"
+    return MetaTensor(x, affine=scan.affine, meta=own_meta(scan) | dict(read_as=edges, colours=colours))
+
+# %% ../nbs/00_loaders.ipynb #6d617377
+def picture_indices(
+    path:Path,  # a file that holds a picture
+)->np.ndarray|None:  # (1, H, W) float32; None where the picture has no palette
+    "The indices of a palette picture; JPEG is refused"
+    with reading(path, "a mask"), Image.open(path) as im:
+        if im.format in ("JPEG", "MPO") or im.info.get("compression") in ("jpeg", "tiff_jpeg"):
+            raise LoadError(f"{path} is a JPEG, which blurs a mask; save it as PNG")
+        if im.mode not in ("P", "PA"):
+            return None
+        im = ImageOps.exif_transpose(im)
+        return np.array(im.getchannel(0) if im.mode == "PA" else im, np.float32)[None]
+
+def check_dicom_mask(
+    path:Path,  # a DICOM file, or a folder of them
+)->None:
+    "Refuse a DICOM mask whose stored values are not its labels"
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+    tags = [Tag(t) for t in ("Modality", "PhotometricInterpretation", "SegmentationType", "LossyImageCompression")]
+    d = next((h for h in (dicom_header(p, tags) for p in files) if h is not None), Dataset())
+    kind = str(d.get("PhotometricInterpretation", ""))
+    if kind in ("MONOCHROME1", "PALETTE COLOR"):
+        raise LoadError(f"{path} is {kind}: its values stand for something else than themselves, and a mask needs labels; "
+                        "save it as NIfTI or MONOCHROME2")
+    if str(d.get("LossyImageCompression", "")) == "01":
+        raise LoadError(f"{path} was compressed with loss, which blurs a mask; save it as NIfTI or PNG")
+    if str(d.get("SegmentationType", "BINARY")) != "BINARY":
+        raise LoadError(f"{path} is a DICOM segmentation of fractions, not of labels; convert it to a NIfTI label map "
+                        "on the scan's grid")
+
+# %% ../nbs/00_loaders.ipynb #6d617378
+def load_mask(
+    path:str|Path,              # as for `load_scan`
+    allow:tuple[str, ...]=(),   # as for `load_scan`
+)->MetaTensor:                  # labels, whole numbers (C, *spatial), 0 for the background
+    "Read a mask: its labels, not intensities; raise `LoadError` where they cannot be told"
+    file = Path(str(path).rpartition("#")[0] if "#" in str(path) and not os.path.exists(path) else path)
+    try: mask = load_scan(path, allow=allow)
+    except LoadError as e:
+        if (d := dicom_header(file) if file.is_file() else None) is None or d.get("Modality") != "SEG": raise
+        raise LoadError(f"{path} is a DICOM segmentation that is no single volume; convert it to a NIfTI label map on "
+                        "the scan's grid (dcmqi's segimage2itkimage does)") from e
+    kind, step = mask.meta["format"], 0.
+    if kind == "dicom":
+        check_dicom_mask(file.parent if file.name == "**" else file)
+    if kind == "picture" and file.suffix.lower() != ".npz" and (x := picture_indices(file)) is not None:
+        mask = MetaTensor(torch.from_numpy(x), affine=mask.affine, meta=own_meta(mask))
+    if kind == "nifti":
+        try: slope = nib.load(file).dataobj.slope
+        except (OSError, nib.filebasedimages.ImageFileError): slope = 1   # a name that nibabel does not go by
+        step = abs(float(slope)) if slope not in (0, 1) else 0.
+    return as_labels(mask, step)
+
+# %% ../nbs/00_loaders.ipynb #6d617381
+def lesion_of(
+    labels:MetaTensor,      # (C, *spatial), from `load_mask`
+    lesion:tuple[float, ...]=(),  # values that are lesion; all above 0 if empty
+)->MetaTensor:              # (1, *spatial) of 0 and 1
+    "Where the lesion is"
+    colours = labels.meta.get("colours") or {}
+    if lesion and len(colours) > 1:
+        found = ", ".join(f"{c} ({n} pixels)" for c, n in list(colours.items())[:5])
+        raise LoadError(f"{labels.meta['source']} has labels in {len(colours)} colours, {found}, which have no values that "
+                        f"lesion={list(lesion)} could choose from; save it as a grey or palette PNG with a number for each label")
+    if lesion: found = torch.isin(labels, torch.tensor(lesion, dtype=labels.dtype))
+    else: found = labels > (127.5 if labels.meta["read_as"] == "grey edges" else 0)
+    return found.any(0, keepdim=True).float()   # (C, *spatial) -> (1, *spatial)
+
+# %% ../nbs/00_loaders.ipynb #6d617384
+def fit_mask(
+    mask:MetaTensor,  # (C, *spatial), from `load_mask`
+    scan:MetaTensor,  # its scan, (C, *spatial)
+)->MetaTensor:        # (C, *spatial) on the scan's grid
+    "A mask laid on its scan, voxel on voxel, or refused"
+    name, shape, own = mask.meta["source"], tuple(scan.shape[1:]), tuple(mask.shape[1:])
+    flat = lambda s: [n for n in s if n > 1]
+    full = lambda s: s + (1,) * (3 - len(s))
+    single = [s.ndim == 3 and s.meta["format"] in ("picture", "dicom") for s in (mask, scan)]
+    x, affine = mask.as_tensor().numpy(), np.asarray(mask.affine)
+    drawn = all(single) and not mask.meta["oriented"]
+    placed = (scan.meta["oriented"] or mask.meta["oriented"]) and not drawn
+    if placed and sorted(flat(own)) == sorted(flat(shape)):
+        x = x.reshape(len(x), *full(own))
+        order = nib.orientations.ornt_transform(*map(nib.orientations.io_orientation, (affine, np.asarray(scan.affine))))
+        x = np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(x, 0, -1), order), -1, 0)
+        affine = affine @ nib.orientations.inv_ornt_aff(order, full(own))
+        seen = [*(i for i, n in enumerate(full(shape)) if n > 1), 3]   # the step along an axis of one voxel moves nothing
+        if full(shape) != x.shape[1:] or not np.allclose(affine[:, seen], np.asarray(scan.affine)[:, seen], atol=1e-2):
+            raise DataError(f"the mask {name} lies elsewhere than its scan {scan.meta['source']} (the affines differ); "
+                            "resample it to the scan's grid")
+    elif flat(own) != flat(shape):
+        raise DataError(f"the mask {name} has the shape {own}, its scan {scan.meta['source']} has {shape}; "
+                        "save the mask on the scan's grid")
+    x = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), *shape)))
+    place = dict(oriented=scan.meta["oriented"], spacing=scan.meta["spacing"])
+    return MetaTensor(x, affine=scan.affine, meta=own_meta(mask) | place)

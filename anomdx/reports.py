@@ -25,9 +25,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from .datasets import healthy_rows
-from .eval import threshold_figures
+from .eval import mask_words, threshold_figures
 from .loaders import atomic_path
-from .runs import Run, answers, evaluate, open_run
+from .runs import Run, answers, evaluate, open_run, operating_point
 from .train import read_metrics
 from .viz import COLORS, Case, at_threshold, best_baseline, case_range, interval, panels, picture, plot_baselines, plot_roc, plot_scores, plot_training, png, repaint, show_case, verdict
 
@@ -301,7 +301,7 @@ def cautions(
         if n["anomalous"] and n["healthy"] and value < 1: out.insert(1, f"Where 1 % of scans are anomalous, this threshold would make about {value:.0%} of flagged scans true findings.")
     if (few := min(f["n_anomalous"], f["n"] - f["n_anomalous"])) < 50: out.append(f"The smaller group has {few} scans: one scan more or less moves a rate by {1 / max(few, 1):.0%}.")
     if f["patients"] == f["n"]: out.append("Every scan counts as a patient of its own. If patients have several scans here, the intervals are too narrow.")
-    return out
+    return out + [line + "." for line in mask_words(f.get("masks") or {})]
 
 # %% ../nbs/63_reports.ipynb #df53b9ee
 END = """<section id="limits"><h2>What this report cannot say</h2><ul>{% for line in cautions %}<li>{{ line }}</li>{% endfor %}</ul></section>
@@ -401,7 +401,9 @@ def report_run(
     "Write the report of a finished run"
     folder = Path(folder)
     run = open_run(folder)
-    if not (folder/"metrics.json").is_file(): evaluate(folder)
+    was = json.loads((folder/"metrics.json").read_text()) if (folder/"metrics.json").is_file() else {}
+    if not was or run.threshold is None or was["threshold"] != operating_point(run):
+        evaluate(folder)   # or its thresholds were set anew
     run, scores, table = open_run(folder), pd.read_csv(folder/"scores.csv", dtype={"id": str, "patient": str}), run.table
     train, val = healthy_rows(table, "train"), healthy_rows(table, "val")
     origin, config = json.loads((folder/"provenance.json").read_text()), (folder/"config.yaml").read_text()

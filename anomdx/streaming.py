@@ -159,7 +159,7 @@ class ZipIndex:
 
     def save(self, path: str | Path) -> None: save_index(self, path)
 
-    def select(self, suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg"), prefix: str = "", **limits: int) -> np.ndarray:
+    def select(self, suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), prefix: str = "", **limits: int) -> np.ndarray:
         "Ids of the readable, harmless members whose name ends and begins so; `limits`: max_size, max_ratio of `select_members`"
         return select_members(self, suffix, prefix, **limits)
 
@@ -440,7 +440,7 @@ class Archive:
     def close(self) -> None: self.source.close()
     def member_name(self, j: int) -> str: return self.index.name(j)
     def part(self, j: int) -> int: return int(np.searchsorted(self.firsts, j, side="right")) - 1
-    def select(self, suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg"), prefix: str = "", **limits: int) -> np.ndarray:
+    def select(self, suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), prefix: str = "", **limits: int) -> np.ndarray:
         return self.index.select(suffix, prefix, **limits)
     def crc(self, ids: Sequence[int] | np.ndarray) -> np.ndarray: return self.index.members["crc"][np.asarray(ids, np.int64)] # uint32, 0 unknown
     def reader(self, **options: Any) -> MemberReader: return MemberReader(self.source, self.index, **options)
@@ -535,7 +535,7 @@ def pass_descriptor(tap: Tap, crc: int, packed: int, size: int) -> bool:
 # %% ../nbs/30_streaming.ipynb #2ccb40be
 def iter_zip(
     chunks: Iterable[bytes],       # the archive from its first byte, such as source.stream()
-    suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg"), prefix: str = "", # as in `select_members`
+    suffix: str | tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), prefix: str = "", # as in `select_members`
     max_size: int = 512 << 20, max_ratio: int = 200, # as in `select_members`
 ) -> Iterator[tuple[str, bytes]]:
     "Yield (name, bytes), checked, of the same members as `select_members`, in the order of the file. Source: APPNOTE 4.3.7"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
+from .datasets import check_specificity
 from .loaders import DataError
 
 # %% ../nbs/51_thresholds.ipynb #78bae4c6
@@ -21,10 +22,7 @@ def conformal_rank(
     target_specificity:float=.95,     # share of healthy scans to pass, in (0, 1)
 )->int:                               # 1 = the smallest score … n = the largest
     "Which of the sorted healthy scores is the threshold. Source: split conformal prediction, Vovk et al. 2005; Lei et al., JASA 2018"
-    if not 0 < target_specificity < 1: raise ValueError(f"target_specificity must lie between 0 and 1, got {target_specificity}")
-    need = math.ceil(target_specificity / (1 - target_specificity) - 1e-9)
-    if n < need: raise DataError(f"a specificity of {target_specificity:g} needs at least {need} healthy validation scans, got {n}; "
-        f"add scans, or ask for at most {math.floor(1000 * n / (n + 1)) / 1000:g}")
+    check_specificity(n, target_specificity)
     return math.ceil((n + 1) * target_specificity - 1e-9)
 
 # %% ../nbs/51_thresholds.ipynb #381e5aec
@@ -54,11 +52,10 @@ def pixel_threshold(
     target:float=.99,                         # share of healthy pixels to pass, in (0, 1)
 )->float:                                     # flagged means above it
     "The map value that at most 1 - target of the healthy pixels exceed"
-    if not 0 < target < 1: raise ValueError(f"target must lie between 0 and 1, got {target}")
     maps = [np.asarray(m, dtype=np.float32) for m in healthy_maps]
     if tissue is not None: maps = [m[np.asarray(t) > 0] for m, t in zip(maps, tissue, strict=True)]
     values = np.concatenate([np.empty(0, np.float32), *[m.ravel() for m in maps]])
     if not np.isfinite(values).all(): raise DataError("a healthy map holds NaN or infinite values; the detector diverged")
-    need, k = math.ceil(target / (1 - target) - 1e-9), math.ceil((len(values) + 1) * target - 1e-9)
-    if len(values) < need: raise DataError(f"a pixel specificity of {target:g} needs at least {need} healthy pixels, got {len(values)}; check the maps and the tissue masks")
+    check_specificity(len(values), target, pixels=True)
+    k = math.ceil((len(values) + 1) * target - 1e-9)
     return float(np.partition(values, k - 1)[k - 1])
