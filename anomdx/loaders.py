@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'SPACES', 'LENGTHS', 'HEADER_TAGS', 'IDENTITY', 'RESCALE_TAGS', 'VOLUME_TAGS', 'TIME_TAGS', 'SPLIT_TAGS',
-           'FILE_TAGS', 'MACROS', 'SHOWS_TEXT', 'RAS', 'MODALITIES', 'ALLOW', 'PICTURES', 'DataError', 'LoadError',
-           'Silence', 'reading', 'believe', 'keyed_hash', 'atomic_path', 'to_scan', 'simplify_channels', 'read_picture',
-           'npz_headers', 'npz_images', 'npz_array', 'read_npz', 'nifti_geometry', 'believe_nifti', 'read_nifti',
-           'nrrd_geometry', 'nrrd_values', 'read_nrrd', 'dicom_header', 'dicom_headers', 'image_digest', 'same_image',
-           'leave_out_copies', 'frame_headers', 'frame_count', 'numbers', 'slice_place', 'slice_places',
-           'place_tolerance', 'stack_faults', 'Part', 'slice_headers', 'shared_file', 'whole_file', 'series_faults',
-           'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames', 'stored_frames',
-           'modality_values', 'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry', 'straighten',
-           'first_value', 'what_helps', 'read_images', 'read_series', 'read_dicom', 'load_scan', 'load_picture',
-           'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture', 'write_back', 'save_map', 'save_mask', 'load_mask',
-           'lesion_of', 'fit_mask']
+           'FILE_TAGS', 'MACROS', 'NUCLEAR', 'SHOWS_TEXT', 'RAS', 'MODALITIES', 'ALLOW', 'PICTURES', 'DataError',
+           'LoadError', 'Silence', 'reading', 'believe', 'keyed_hash', 'atomic_path', 'to_scan', 'simplify_channels',
+           'read_picture', 'npz_headers', 'npz_images', 'npz_array', 'read_npz', 'nifti_geometry', 'believe_nifti',
+           'read_nifti', 'nrrd_geometry', 'nrrd_values', 'read_nrrd', 'dicom_header', 'dicom_headers', 'image_digest',
+           'same_image', 'leave_out_copies', 'frame_headers', 'frame_count', 'numbers', 'slice_place', 'slice_places',
+           'frame_fault', 'place_tolerance', 'stack_faults', 'Part', 'slice_headers', 'shared_file', 'whole_file',
+           'series_faults', 'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames',
+           'stored_frames', 'modality_values', 'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry',
+           'straighten', 'first_value', 'what_helps', 'read_images', 'read_series', 'read_dicom', 'load_scan',
+           'load_picture', 'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture', 'write_back', 'save_map',
+           'save_mask', 'load_mask', 'lesion_of', 'fit_mask']
 
 # %% ../nbs/00_loaders.ipynb #4ff80d1e
 import bz2
@@ -50,7 +50,7 @@ from pydicom import Dataset
 from pydicom.datadict import DicomDictionary, dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.encaps import generate_frames
-from pydicom.filereader import read_dataset, read_partial, read_preamble
+from pydicom.filereader import read_dataset, read_partial, read_preamble, read_sequence
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, apply_modality_lut, as_pixel_options, get_decoder, pixel_array
 from pydicom.pixels.common import PhotometricInterpretation
@@ -386,6 +386,14 @@ def read_nrrd(
     x = np.moveaxis(x, channels.pop(), 0) if channels else x[None]   # (…, C, …) -> (C, X, Y, Z)
     return x, meta | dict(unit="a.u.", format="nrrd")
 
+# %% ../nbs/00_loaders.ipynb #6b0d3a12
+PRIVATE = dict(   # creator, group, element
+    slices=("SIEMENS MR HEADER", 0x19, 0x0a), csa=("SIEMENS CSA HEADER", 0x29, 0x10),
+    tiles=("Image Private Header", 0x65, 0x50), frames=("Image Private Header", 0x65, 0x51))
+BLOCKS = [Tag(group, at) for _, group, element in PRIVATE.values() for n in range(0x10, 0x20) for at in (n, n << 8 | element)]
+VECTORS = ("SliceVector", "TimeSlotVector", "RRIntervalVector", "EnergyWindowVector", "DetectorVector", "RotationVector", "PhaseVector")
+FRAME_TAGS = sorted({Tag(t) for t in ("SpacingBetweenSlices", "DetectorInformationSequence", "NumberOfSlices", *VECTORS)} | {*BLOCKS})
+
 # %% ../nbs/00_loaders.ipynb #5d1c07a2
 NUMBERS = dict(ImagePositionPatient=3, ImageOrientationPatient=6, PixelSpacing=2, ImagerPixelSpacing=2,
     NominalScannedPixelSpacing=2, EstimatedRadiographicMagnificationFactor=1, PixelAspectRatio=2,
@@ -497,8 +505,45 @@ TIME_TAGS = dict(   # when a slice was taken: word -> (tag of date and time, of 
     ContentTime=((), "ContentDate", "ContentTime"))
 SPLIT_TAGS = ("SOPInstanceUID", "ConcatenationUID", "InstanceNumber", "DimensionIndexValues", *(t for tags in VOLUME_TAGS.values() for t in tags),
     *(t for many, *rest in TIME_TAGS.values() for t in (*many, *rest)))
-FILE_TAGS = [Tag(t) for t in (*HEADER_TAGS, *NUMBERS, *RESCALE_TAGS, "SequenceOfUltrasoundRegions", *SPLIT_TAGS, *IDENTITY,
+FILE_TAGS = [Tag(t) for t in (*HEADER_TAGS, *NUMBERS, *RESCALE_TAGS, "SequenceOfUltrasoundRegions", *SPLIT_TAGS, *FRAME_TAGS, *IDENTITY,
     "PatientIdentityRemoved", *(t for t in DicomDictionary if t >> 16 == 0x28))]   # and how pixels are stored
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a14
+def private_value(
+    d:Dataset,  # header of a file
+    name:str,   # in `PRIVATE`
+)->object:      # as pydicom reads it; None where it is missing or unreadable
+    "The value of a scanner's own element, in whichever block it lies. Source: DICOM PS3.5 7.8.1 and 6.2.2 (UN)"
+    creator, group, element = PRIVATE[name]
+    here = d.keys()   # plain numbers, quick to ask
+    for n in range(0x10, 0x20):
+        block, tag = group << 16 | n, group << 16 | n << 8 | element
+        if block not in here or tag not in here or str(d[block].value).strip() != creator: continue
+        try:
+            value = d[tag].value
+            if name == "csa" or not isinstance(value, bytes): return value
+            if name == "frames": return read_sequence(io.BytesIO(value), True, True, len(value), "latin-1")
+            return value.decode("latin-1").strip("\0 ")
+        except Exception: return None   # pydicom raises many
+
+def tiled(
+    d:Dataset,  # header of a file
+)->str:         # 'MOSAIC' (Siemens), 'VFRAME' (United Imaging), '' for every other
+    "Which kind of tiles a picture is made of. Source: dcm2niix, console/nii_dicom.cpp, and its issues 225, 553 and 716"
+    words, n = d.get("ImageType") or (), int(d.get("NumberOfFrames") or 1)
+    words = {str(w).strip().upper() for w in ((words,) if isinstance(words, str) else words)}
+    if n > 1 and "MOSAIC" in words:   # the frames of one place are mosaics themselves
+        places = [p for f in d.get("PerFrameFunctionalGroupsSequence") or () for p in f.get("PlanePositionSequence") or ()]
+        return "MOSAIC" if len({str(p.get("ImagePositionPatient")) for p in places}) == 1 else ""
+    if n > 1: return ""
+    count = private_value(d, "slices")
+    if "MOSAIC" in words or isinstance(count, int) and count > 1: return "MOSAIC"
+    return "VFRAME" if "VFRAME" in words or private_value(d, "frames") else ""
+
+def drop_private(d:Dataset)->None:
+    "Let go of the scanner's own elements where the picture has no tiles"
+    if not tiled(d):
+        for tag in BLOCKS: d.pop(tag, None)
 
 # %% ../nbs/00_loaders.ipynb #5d1c07b0
 class PixelElement(NamedTuple):
@@ -534,6 +579,7 @@ def read_header(
     d = read_partial(f, at_pixels, force=bare, specific_tags=tags)
     d.behind, d.size = f.tell(), size
     d.pixels = stopped[0] if stopped else None
+    if tags: drop_private(d)
     d.unreadable = settle_header(d)
     found = {(True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian}
     if "TransferSyntaxUID" not in d.file_meta:
@@ -622,11 +668,15 @@ def leave_out_copies(
 
 # %% ../nbs/00_loaders.ipynb #f946aabd
 MACROS = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence")
+NUCLEAR = ("1.2.840.10008.5.1.4.1.1.20", "1.2.840.10008.5.1.4.1.1.5")   # nuclear medicine, and its retired class
 
 def frame_headers(
     d:Dataset,        # header of a file
 )->list[Dataset]:     # one per frame; empty where the frames have no headers of their own
     "The header of each frame. Source: DICOM PS3.3 C.7.6.16"
+    if tiled(d) or d.get("SOPClassUID") in NUCLEAR:
+        try: return inner_headers(d)
+        except LoadError: return []   # `frame_fault` says why
     n, each = int(d.get("NumberOfFrames") or 1), d.get("PerFrameFunctionalGroupsSequence") or []
     if n == 1 and not each: return [d]
     frames = []
@@ -640,9 +690,11 @@ def frame_headers(
 # %% ../nbs/00_loaders.ipynb #f4a3c001
 def frame_count(
     d:Dataset,  # header of a file
-)->int:
-    "How many slices a file holds"
-    return int(d.get("NumberOfFrames") or 1)
+)->int:         # 1 for a single slice or picture, 0 where its tiles cannot be told apart
+    "How many slices or frames a file holds"
+    if not tiled(d): return int(d.get("NumberOfFrames") or 1)
+    try: return len(tile_places(d)[2])
+    except LoadError: return 0
 
 # %% ../nbs/00_loaders.ipynb #13c9e29a
 def numbers(x:object, n:int)->np.ndarray|None:
@@ -669,6 +721,153 @@ def slice_places(
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
     order = np.argsort(places[:, :3] @ axes[2], kind="stable")
     return order, places[order, :3], axes
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a22
+def csa_values(
+    block:bytes|None,  # the CSA image header
+)->dict[str, list]:    # name -> its values; empty where the block is missing or damaged
+    "What Siemens' own header says. Source: nibabel.nicom.csareader"
+    try:
+        with QUIET:   # nibabel calls these readers experimental
+            from nibabel.nicom import csareader
+            return {name: tag["items"] for name, tag in csareader.read(block)["tags"].items()} if block else {}
+    except Exception: return {}
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a25
+def mosaic_count(
+    d:Dataset,   # header of a Siemens mosaic
+    csa:dict,    # from `csa_values`
+)->int:          # slices
+    "How many slices a mosaic holds, which two elements say"
+    if int(d.get("NumberOfFrames") or 1) > 1: raise LoadError("it holds several mosaics, each with many slices in one picture")
+    said = [numbers(v, 1) for v in (private_value(d, "slices"), csa.get("NumberOfImagesInMosaic"))]
+    counts = sorted({int(v[0]) for v in said if v is not None and v[0] >= 1})
+    if not counts: raise LoadError("it is a mosaic, many slices in one picture, but their number (NumberOfImagesInMosaic) is missing from its "
+        "private elements (0019,xx0A) and (0029,xx10) or unreadable")
+    if len(counts) > 1: raise LoadError(f"it is a mosaic of {counts[0]} or {counts[1]} slices: its elements (0019,xx0A) and (0029,xx10) contradict each other")
+    return counts[0]
+
+def fit_tiles(
+    d:Dataset,  # header of a picture of tiles
+    rows:int,
+    columns:int,
+)->None:
+    "Refuse a picture that cannot be cut into `rows` x `columns` tiles"
+    size = d.get("Rows"), d.get("Columns")
+    if not all(isinstance(n, int) and n >= 1 for n in size): raise LoadError(f"it is a {tiled(d)} without a readable number of rows or columns")
+    if size[0] % rows or size[1] % columns: raise LoadError(
+        f"it is a {tiled(d)} whose {size[0]} x {size[1]} pixels cannot be cut into {rows} x {columns} tiles, as its number of slices asks for")
+
+def mosaic_places(
+    d:Dataset,  # header of a Siemens mosaic
+)->tuple[int, int, np.ndarray]:  # rows and columns of tiles; position of each slice (N, 3), LPS mm
+    "Where the slices of a mosaic lie. Source: nibabel, doc/source/dicom/dicom_mosaic.rst; dcm2niix, console/nii_dicom.cpp"
+    csa = csa_values(private_value(d, "csa"))
+    count = mosaic_count(d, csa)
+    side = math.isqrt(count - 1) + 1
+    fit_tiles(d, side, side)
+    place, between, normal = slice_place(d), numbers(d.get("SpacingBetweenSlices"), 1), numbers(csa.get("SliceNormalVector"), 3)
+    if place is None: raise LoadError("it is a mosaic without a readable position, orientation or pixel spacing")
+    if between is None or between[0] <= 0: raise LoadError("it is a mosaic without a readable SpacingBetweenSlices (0018,0088)")
+    if normal is None: raise LoadError("it is a mosaic whose slices may run either way: SliceNormalVector is missing from its private element (0029,xx10) or unreadable")
+    row, column, size = place[3:6], place[6:9], place[9:]
+    up = np.cross(row, column)
+    if abs(abs(up @ normal) - 1) > 1e-2: raise LoadError("it is a mosaic whose SliceNormalVector is not the normal of its ImageOrientationPatient")
+    inside = (1 - 1 / side) / 2 * np.array([d.Rows, d.Columns]) * size   # mm down, mm to the right
+    first = place[:3] + inside[0] * column + inside[1] * row
+    return side, side, first + np.arange(count)[:, None] * between * np.sign(up @ normal) * up
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a28
+def vframe_places(
+    d:Dataset,  # header of a United Imaging VFRAME picture
+)->tuple[int, int, np.ndarray]:  # rows and columns of tiles; position of each slice (N, 3), LPS mm
+    "Where the slices of a VFRAME picture lie. Source: dcm2niix, console/nii_dicom.cpp, and its issue 225"
+    count, frames = numbers(private_value(d, "tiles"), 1), private_value(d, "frames")
+    if count is None or count[0] < 1 or not frames: raise LoadError("it is a VFRAME picture, many slices in one picture, but its private elements "
+        "(0065,xx50) and (0065,xx51), their number and places, are missing or unreadable")
+    if not all(isinstance(f, Dataset) for f in frames) or len(frames) != count[0]: raise LoadError(f"it is a VFRAME picture of {count[0]:.0f} slices with {len(frames)} places")
+    places = [numbers(f.get("ImagePositionPatient"), 3) for f in frames]
+    if any(p is None for p in places): raise LoadError("it is a VFRAME picture with a slice that has no readable position")
+    columns = math.isqrt(len(places) - 1) + 1
+    rows = -(-len(places) // columns)
+    fit_tiles(d, rows, columns)
+    return rows, columns, np.array(places)
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a2b
+NM_FRAMES = {"STATIC": "views or energies", "DYNAMIC": "times", "GATED": "heart phases", "WHOLE BODY": "views of the whole body", "TOMO": "projections",
+             "GATED TOMO": "projections"}   # what they are, if no slices: DICOM PS3.3 C.8.4.9.1.1
+
+def tomogram_headers(
+    d:Dataset,       # header of a nuclear medicine file
+)->list[Dataset]:    # one per frame
+    "The header of each slice of a reconstructed volume. Source: DICOM PS3.3 C.8.4.8, C.8.4.11 and C.8.4.15"
+    n, kind = int(d.get("NumberOfFrames") or 1), " ".join(str(w).upper() for w in (d.get("ImageType") or ())[2:3])
+    if kind not in ("RECON TOMO", "RECON GATED TOMO"):
+        if n == 1: return [d]
+        what = f"of kind {kind}, whose frames are {NM_FRAMES[kind]}" if kind in NM_FRAMES else "whose ImageType does not say what its frames are"
+        raise LoadError(f"it is a nuclear medicine file {what}; only reconstructed ones (RECON TOMO) are volumes")
+    if n > 65535: raise LoadError(f"it claims {n} frames, more than a nuclear medicine file can number")
+    base = Dataset()
+    base.update(d)
+    detectors = d.get("DetectorInformationSequence") or []
+    for name in ("ImagePositionPatient", "ImageOrientationPatient"):
+        if len({str(v.get(name)) for v in detectors if v.get(name)}) > 1: raise LoadError(f"its detectors have more than one {name}, its frames one place each")
+        if value := next((v[name] for v in detectors if v.get(name)), None): base[name] = value
+    vectors = {name: np.atleast_1d(d.get(name)) for name in VECTORS if d.get(name) is not None}
+    slices = vectors.get("SliceVector", np.arange(n))
+    mixed = [name for name, v in vectors.items() if name != "SliceVector" and len({*v}) > 1]
+    if others := [name for name in mixed if name != "TimeSlotVector"]: raise LoadError(f"its frames differ in {', '.join(others)}: it holds several volumes")
+    place, between = slice_place(base), numbers(d.get("SpacingBetweenSlices"), 1)
+    if n == 1 and not mixed: return [base]
+    if place is None: raise LoadError("it is a reconstructed nuclear medicine volume whose DetectorInformationSequence has no readable position and orientation, "
+        "or that has no PixelSpacing")
+    if between is None or between[0] == 0: raise LoadError("it is a reconstructed nuclear medicine volume without a readable SpacingBetweenSlices (0018,0088)")
+    if bad := [name for name in ("SliceVector", *mixed) if len(vectors.get(name, slices)) != n]: raise LoadError(f"it has {n} frames, but {', '.join(bad)} counts others")
+    if slices[0] != slices.min(): raise LoadError("its first frame is not its first slice (SliceVector), so it is not known which one its position belongs to")
+    if "SliceVector" not in vectors and int(d.get("NumberOfSlices") or n) != n: raise LoadError(f"it has {n} frames of {d.NumberOfSlices} slices, but no SliceVector")
+    step = between * np.cross(place[3:6], place[6:9])
+    for name in ("NumberOfFrames", "DetectorInformationSequence", *VECTORS): base.pop(Tag(name), None)   # of the file, not of a slice
+    frames = []
+    for k, s in enumerate(slices):
+        frames.append(h := Dataset(dict(base.items())))   # as `update`, without its checks
+        h.add_new("ImagePositionPatient", "DS", (place[:3] + (s - slices[0]) * step).tolist())
+        if mixed: h.add_new("TemporalPositionIdentifier", "IS", int(vectors["TimeSlotVector"][k]))
+    return frames
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a2e
+def tile_places(
+    d:Dataset,  # header of a picture of tiles
+)->tuple[int, int, np.ndarray]:  # rows and columns of tiles; position of each slice (N, 3), LPS mm
+    "How a picture is cut into slices, and where they lie; refused with what is missing"
+    return vframe_places(d) if tiled(d) == "VFRAME" else mosaic_places(d)
+
+def inner_headers(
+    d:Dataset,      # header of a picture of tiles, or of a nuclear medicine file
+)->list[Dataset]:   # one per slice
+    "The header of each slice inside a file; refused with what is missing"
+    if not tiled(d): return tomogram_headers(d)
+    rows, columns, places = tile_places(d)
+    base, slices = Dataset(), []
+    base.update(d)
+    for tag in BLOCKS: base.pop(tag, None)
+    base.add_new("ImageType", "CS", [w for w in d.get("ImageType") or () if w not in ("MOSAIC", "VFRAME")])   # elements are shared: never changed
+    base.add_new("Rows", "US", d.Rows // rows)
+    base.add_new("Columns", "US", d.Columns // columns)
+    for place in places:
+        slices.append(h := Dataset(dict(base.items())))   # as `update`, without its checks
+        h.add_new("ImagePositionPatient", "DS", place.tolist())
+    return slices
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a31
+def frame_fault(
+    d:Dataset,  # header of a file
+)->str:         # '' where they can
+    "Why the slices inside a file cannot be told apart"
+    try:
+        if tiled(d): tile_places(d)
+        elif d.get("SOPClassUID") in NUCLEAR: tomogram_headers(d)
+    except LoadError as e: return str(e)
+    return ""
 
 # %% ../nbs/00_loaders.ipynb #f4a3c007
 TOLERANCE = 1e-3   # of direction cosines, and mm of pixel spacing
@@ -840,7 +1039,7 @@ def series_faults(
     for name, what in dict(SeriesInstanceUID="series", PatientID="patients", FrameOfReferenceUID="frames of reference").items():
         if name == "SeriesInstanceUID" and isinstance(headers, Part): continue   # `series_groups` says what one series is
         if len(n := different(name)) > 1: return {what: f"{len(n)} {what} are mixed ({', '.join(map(str, n.values()))} files)"}
-    if any("MOSAIC" in (d.get("ImageType") or ()) for _, d in headers): return dict(mosaic="it is a mosaic: many slices in one picture")
+    if fault := next(filter(None, (frame_fault(d) for _, d in headers)), ""): return dict(inside=fault)
     files = [slice_headers([h]) for h in headers]
     if not all(files): return dict(film="its frames have no place of their own (a film?)")
     frames = [f for own in files for f in own]
@@ -1285,7 +1484,7 @@ def check_sample(
         f"{path} gives other pixels when pydicom decodes it: its header contradicts itself; save it anew with the program that wrote it")
 
 # %% ../nbs/00_loaders.ipynb #93d8f1f7
-def stored_frames(
+def file_frames(
     path:Path,   # a DICOM file
     d:Dataset,   # its header, from `dicom_header`
 )->Iterator[np.ndarray]:  # (H, W) or (H, W, 3), one per frame
@@ -1297,6 +1496,23 @@ def stored_frames(
     high = stored - 1 if d.get("HighBit") is None else d.HighBit   # the standard allows no other
     for x in native_frames(path, d):
         yield x << bits - 1 - high >> bits - stored if stored < bits else x   # keeps the sign
+
+# %% ../nbs/00_loaders.ipynb #6b0d3a42
+def stored_frames(
+    path:Path,   # a DICOM file
+    d:Dataset,   # its header, from `dicom_header`
+)->Iterator[np.ndarray]:  # (H, W) or (H, W, 3), one per header of `frame_headers`
+    "The stored values of each frame or tile of a file, colours as RGB"
+    if not tiled(d):
+        yield from file_frames(path, d)
+        return
+    rows, columns, places = tile_places(d)
+    for x in file_frames(path, d):
+        grid = x.reshape(rows, x.shape[0] // rows, columns, x.shape[1] // columns, -1)
+        tiles = grid.swapaxes(1, 2).reshape(rows * columns, *grid.shape[1:4:2], *x.shape[2:])   # (R, H, C, W) -> (R * C, H, W)
+        if any(t.min() < t.max() for t in tiles[len(places):]): raise LoadError(f"{path} is a {tiled(d)} of {len(places)} slices, but the tiles behind the last "
+            "one are not empty, so that number is wrong; use the file as the scanner wrote it")
+        yield from tiles[:len(places)]
 
 # %% ../nbs/00_loaders.ipynb #5d1c07e1
 PROJECTIONS = set("CR DG DX IO MG PX RF RG TG XA".split())   # X-ray pictures: their values have no unit
@@ -1461,6 +1677,13 @@ def straighten(
     origin = positions[0] + low[1] * spacing[1] * axes[0] + low[0] * spacing[0] * axes[1]
     return y, nib.affines.from_matvec(np.stack([axes[0] * spacing[1], axes[1] * spacing[0], step], 1), origin)
 
+# %% ../nbs/00_loaders.ipynb #6b0d3a52
+def refuse_frames(headers:list[tuple[Path, Dataset]], path:Path)->None:
+    "Refuse files that hold slices which cannot be told apart, with what is missing and what would help"
+    faults = sorted({f for _, d in headers if (f := frame_fault(d))})
+    help = "; use the file as the scanner wrote it, with its private elements, or export it slice by slice" if any(tiled(d) for _, d in headers) else ""
+    if faults: raise LoadError(f"{path} cannot be cut into slices: {'; '.join(faults)}{help}")
+
 # %% ../nbs/00_loaders.ipynb #f9567ed9
 MODALITIES = set("BI BMD CR CT DG DX ES FA GM IO IVOCT IVUS LS MG MR NM OCT OP OPT OT PT PX RF RG SC SM TG US XA XC".split())   # DICOM PS3.3 C.7.3.1.1.1
 
@@ -1489,6 +1712,7 @@ def read_images(
     "One picture, or one series as a volume; refused with the findings when it is neither"
     with reading(path, "a DICOM image or series"):
         refuse_headers(path, headers)
+        refuse_frames(headers, path)
         if found := series_findings(headers, allow): raise LoadError(
             f"{path} is not one regular volume: {'; '.join(found)}; {what_helps(headers, allow)}")
         if deidentified and (found := sorted({f for _, d in headers for f in identity_findings(d)})): raise LoadError(f"{path} is not de-identified: {'; '.join(found)}")
@@ -1568,7 +1792,9 @@ def read_dicom(
     "One picture, or one series of a folder, or one volume of a file"
     headers = dicom_headers(path)
     with reading(path, "a DICOM series"):
-        if not key: refuse_headers(path, headers)
+        if not key:
+            refuse_headers(path, headers)
+            if all(frame_fault(d) for _, d in headers): refuse_frames(headers, path)   # no part could be chosen
         kept, copies = leave_out_copies(headers)
         part = choose_part(series_groups(kept), path, key, allow)
         series = {str(d.get("SeriesInstanceUID") or "") for _, d in part}

@@ -25,7 +25,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID
 from tqdm import tqdm
 from .loaders import (
-    HEADER_TAGS, MODALITIES, NUMBERS, QUIET, SPLIT_TAGS, WHOLE, LoadError, first_value, header_findings, keyed_hash,
+    FRAME_TAGS, HEADER_TAGS, MODALITIES, NUMBERS, QUIET, SPLIT_TAGS, WHOLE, LoadError, first_value, header_findings, keyed_hash,
     leave_out_copies, load_scan, read_header, read_series, reading, series_faults, series_geometry, series_groups, series_of,
     slice_headers, to_scan, whole_file)
 
@@ -51,7 +51,7 @@ def list_files(
 # %% ../nbs/05_series.ipynb #8384fd7d
 HEAD = 1 << 15   # bytes; most headers are shorter
 NEEDED = {Tag(k) for k in (*HEADER_TAGS, *NUMBERS, *WHOLE, "SequenceOfUltrasoundRegions", "SOPInstanceUID")}
-TAGS = sorted({*NEEDED, *map(Tag, SPLIT_TAGS)})
+TAGS = sorted({*NEEDED, *map(Tag, SPLIT_TAGS), *FRAME_TAGS})
 
 def parse_header(
     path:Path,   # any file

@@ -31,7 +31,7 @@ import pydicom
 from PIL import Image, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scans import block, dataset, image_header, write_enhanced, write_series
+from scans import block, dataset, image_header, write_enhanced, write_mosaic, write_series, write_tomogram, write_vframe
 
 SECONDS, BYTES = 5., 1 << 30
 BOMB = 2 << 30   # what a bomb unpacks to
@@ -46,6 +46,7 @@ def write_dicom(folder):
         except ImportError: continue   # no GDCM to compress with
     for p in sorted(folder.glob("series_*")): shutil.copy(next(p.iterdir()), folder/f"one_{p.name[7:]}.dcm")
     write_enhanced(folder/"enhanced.dcm", v, order=[2, 0, 3, 1])
+    for write in (write_mosaic, write_vframe, write_tomogram): write(folder/f"{write.__name__}.dcm", v)
     frames = image_header(Rows=16, Columns=20, NumberOfFrames=4, Modality="US", PixelData=v.tobytes())
     frames.save_as(folder/"frames.dcm", enforce_file_format=True)
     table = np.arange(256, dtype="<u2") * 257
@@ -231,7 +232,7 @@ HOSTILE = ["", "0", "-1", "1", "nan", "inf", "-inf", "1e308", "1e-308", "9999999
 AIMED = ["Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation", "NumberOfFrames",
          "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "SeriesInstanceUID",
          "SOPClassUID", "Modality", "PatientID", "SpecificCharacterSet", "PixelPaddingValue", "RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
-         "ModalityLUTSequence", "BurnedInAnnotation", "ExtendedOffsetTable"]
+         "ModalityLUTSequence", "BurnedInAnnotation", "ExtendedOffsetTable", "ImageType", "SliceVector", "TimeSlotVector", "NumberOfSlices", "DetectorInformationSequence"]
 
 
 def lie_dicom(b, dice, others):

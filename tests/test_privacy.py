@@ -20,7 +20,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
 from anomdx.loaders import ALLOW, DataError, load_scan, save_map, save_mask
-from scans import block, image_header, write_enhanced, write_series
+from scans import block, image_header, write_enhanced, write_mosaic, write_series, write_tomogram, write_vframe
 
 WORD, UID, NUMBER, DATE = "ZQXDOE", "1.2.826.0.1.770077007700", "770077.25", "19430711"   # WORD fits the shortest text field
 MARKS = re.compile("|".join(map(re.escape, (WORD, "7700770077", "770077", DATE))), re.I)
@@ -68,6 +68,9 @@ def dicom_files(folder):
     write_series(folder/"all", v); marked(folder/"all", tags=TEXTS)
     write_series(folder/"series", v); marked(folder/"series")
     write_enhanced(folder/"enhanced.dcm", v); marked(folder, [folder/"enhanced.dcm"])
+    for write in (write_mosaic, write_vframe, write_tomogram):
+        write(folder/f"{write.__name__}.dcm", v)
+        marked(folder, [folder/f"{write.__name__}.dcm"])
     for options in (dict(syntax="JPEGLSLossless"), dict(syntax="RLELossless"), dict(drop=(1,)), dict(tilt=15.), dict(PatientID=lambda k: f"{WORD}{k}"),
                     dict(SeriesInstanceUID=lambda k: f"{UID}.{k}"), dict(BurnedInAnnotation="YES")):
         name = "_".join(options) + str(len(list(folder.iterdir())))
