@@ -127,7 +127,8 @@ def fitted_shape(
         what = f"transform.spacing={spacing} mm" if spacing else "a picture in proportion"
         raise DataError(f"does not say how large its pixels are along axis {', '.join(map(str, unknown))}, which {what} needs; "
             + ("leave transform.spacing empty, or " if spacing else "") + "write their size in mm into a DICOM, NIfTI or NRRD file")
-    mm = [n if unknown else v * n for v, n in zip(voxel, scan.shape[1:])]
+    if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)   # a picture may know the shape of its pixels
+    mm = [v * n for v, n in zip(voxel, scan.shape[1:])]
     shape = tuple(max(1, round(v / (spacing or max(mm) / size))) for v in mm)
     if max(shape) > size: raise DataError(f"is {' × '.join(f'{v:.4g}' for v in mm)} mm; at {spacing} mm per pixel it needs size={max(shape)}, "
         f"got size={size}: enlarge one of them, or leave spacing empty")
@@ -289,8 +290,9 @@ def mri_steps(cfg:MRIConfig, learned:Any=None)->list[Callable]:
 
 # %% ../nbs/10_transforms.ipynb #e58bff2e
 def _body(x:MetaTensor)->np.ndarray:
-    axial = int(np.abs(np.asarray(x.affine)[2, :3]).argmax()) if x.meta.get("oriented") and x.ndim == 4 else -1
-    return body_mask(x.numpy(), axial)
+    steps = np.asarray(x.affine)[:3, :3]
+    feet = int(np.abs(steps[2] / np.linalg.norm(steps, axis=0)).argmax())   # the axis that runs from head to feet
+    return body_mask(x.numpy(), feet if x.meta.get("oriented") and x.ndim == 4 else -1)
 
 class Windows(MapTransform):
     "One channel per window, [0, 1]"
@@ -455,6 +457,7 @@ class Preset(Learner):
         x = d["image"]
         if len(x) < self.cfg.channels: x = x.expand(self.cfg.channels, *x.shape[1:])
         x.meta |= dict(unit=PRESETS[self.cfg.preset].unit, spacing=voxel_size(x))
+        x.meta.pop("aspect", None)   # its pixels are square now
         return x, d.get("mask")
 
     def augment(self, x:torch.Tensor, mask:torch.Tensor|None, rng:np.random.Generator)->tuple[torch.Tensor, torch.Tensor|None]:

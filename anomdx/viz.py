@@ -181,7 +181,7 @@ def show_scan(
     plane, mm = to_plane(x, index, affine), pixel_mm(x)
     lo, hi = window or (float(to_numpy(x).min()), float(np.percentile(to_numpy(x), 99.8)))
     if plane.ndim == 3: plane = ((plane - lo) / max(hi - lo, 1e-9)).clip(0, 1)
-    draw(ax, plane, cmap="gray", vmin=lo, vmax=hi, aspect=mm[0] / mm[1] if mm else 1)
+    draw(ax, plane, cmap="gray", vmin=lo, vmax=hi, aspect=mm[0] / mm[1] if mm else meta.get("aspect", 1))
     if notes: annotate(ax, mm, affine is not None, f"{lo:.3g} to {hi:.3g} {meta['unit']}" if unit and meta.get("unit") else "")
     ax.set_axis_off(); ax.set_title(title, fontsize=9)
     return ax.figure

@@ -473,7 +473,8 @@ def outcome(path, name=""):
         if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
         last = traceback.extract_tb(e.__traceback__)[-1]
         return f"{type(e).__name__} in {Path(last.filename).name}:{last.lineno} {last.name}"
-    good = scan.isfinite().all() and np.isfinite(np.asarray(scan.affine)).all() and all(np.isfinite(s) and s > 0 for s in scan.meta["spacing"])
+    known = [s for s in scan.meta["spacing"] if scan.meta["oriented"] or not np.isnan(s)]   # what has no place may have no millimetres
+    good = scan.isfinite().all() and np.isfinite(np.asarray(scan.affine)).all() and all(np.isfinite(s) and s > 0 for s in known)
     return "loaded" if good else "loaded, but with values, an affine or a spacing that are no numbers"
 
 
