@@ -83,13 +83,19 @@ class Silence:
 QUIET = Silence()
 
 # %% ../nbs/00_loaders.ipynb #5a1b0c02
-SUFFIXES = dict(picture=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), nifti=(".nii", ".nii.gz"), npz=(".npz",), nrrd=(".nrrd",))
+SUFFIXES = dict(picture=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), nifti=(".nii", ".nii.gz"), npz=(".npz",),
+                nrrd=(".nrrd",))
 MAGIC = {   # first bytes -> what the file is, and under which suffixes it may be that
-    b"\x1f\x8b": ("packed by gzip", "nifti"), b"BZh": ("packed by bzip2", "nifti"), b"\xfd7zXZ": ("packed by xz", "nifti"),
-    b"\x28\xb5\x2f\xfd": ("packed by Zstandard", ""), b"PK\3\4": ("a ZIP archive", "npz"), b"7z\xbc\xaf": ("a 7z archive", ""),
-    b"Rar!": ("a RAR archive", ""), b"\x89PNG": ("a PNG picture", "picture"), b"\xff\xd8\xff": ("a JPEG picture", "picture"),
-    b"II*\0": ("a TIFF picture", "picture"), b"MM\0*": ("a TIFF picture", "picture"), b"BM": ("a BMP picture", "picture"),
-    b"GIF8": ("a GIF picture", ""), b"RIFF": ("a WebP picture", ""), b"NRRD0": ("a NRRD volume", "nrrd"), b"%PDF": ("a PDF", ""),
+    b"\x1f\x8b": ("packed by gzip", "nifti"), b"BZh": ("packed by bzip2", "nifti"),
+    b"\xfd7zXZ": ("packed by xz", "nifti"),
+    b"\x28\xb5\x2f\xfd": ("packed by Zstandard", ""), b"PK\3\4": ("a ZIP archive", "npz"),
+    b"7z\xbc\xaf": ("a 7z archive", ""),
+    b"Rar!": ("a RAR archive", ""), b"\x89PNG": ("a PNG picture", "picture"),
+    b"\xff\xd8\xff": ("a JPEG picture", "picture"),
+    b"II*\0": ("a TIFF picture", "picture"), b"MM\0*": ("a TIFF picture", "picture"),
+    b"BM": ("a BMP picture", "picture"),
+    b"GIF8": ("a GIF picture", ""), b"RIFF": ("a WebP picture", ""), b"NRRD0": ("a NRRD volume", "nrrd"),
+    b"%PDF": ("a PDF", ""),
     b"<!": ("a web page", ""), b"<h": ("a web page", ""), b"<?xml": ("XML text", "")}
 
 def other_kind(
@@ -159,7 +165,7 @@ def to_scan(
     x:np.ndarray,                # (C, *spatial)
     source:str,                  # where it came from
     affine:np.ndarray,           # (4, 4), voxel -> RAS mm
-    spacing:tuple[float, ...],   # mm per axis; nan where not known: the affine then counts voxels along that axis
+    spacing:tuple[float, ...],   # mm per axis; nan where not known: the affine then counts voxels there
     finite:bool=False,           # values are already known to be finite
     **meta,                      # unit, modality, patient, format, oriented, …
 )->MetaTensor:                   # float32 (C, *spatial)
@@ -171,13 +177,14 @@ def to_scan(
         "needs numbers everywhere; replace them by the background value and save it again")
     spacing = tuple(float(s) for s in spacing)
     size = np.linalg.norm(affine[:3, :3], axis=0)   # mm
-    placed = meta.get("oriented")   # a place in the patient needs the spacing of every axis that has more than one voxel
+    placed = meta.get("oriented")   # a place needs the spacing of every axis that has more than one voxel
     lengths = [*size, *(s for s, n in zip(spacing, x.shape[1:]) if not math.isnan(s) or placed and n > 1)]
-    sound = np.isfinite([*affine.flat, *lengths]).all() and min(lengths) > 1e-7 and max(*lengths, *np.abs(affine).flat) < 1e6
+    sizes = [*lengths, *np.abs(affine).flat]
+    sound = np.isfinite(sizes).all() and min(lengths) > 1e-7 and max(sizes) < 1e6
     if not sound or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3:
         said = " × ".join(f"{s:.4g}" for s in spacing)
-        raise LoadError(f"{source} has a geometry that cannot be: a voxel size or a direction is zero, huge or no number "
-                        f"(its voxels are {said} mm); repair its header")
+        raise LoadError(f"{source} has a geometry that cannot be: a voxel size or a direction is zero, huge or no "
+                        f"number (its voxels are {said} mm); repair its header")
     meta = dict(spacing=spacing, source=str(source), **meta)
     return MetaTensor(x, affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
 
@@ -211,8 +218,8 @@ def read_picture(
         x = np.array(im)
     x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)   # (H, W[, C]) -> (C, H, W)
     unit = "uint8" if x.dtype == bool else x.dtype.newbyteorder("=").name
-    return simplify_channels(x), dict(affine=np.eye(4), spacing=(math.nan,) * 2, unit=unit, format="picture", oriented=False,
-                                      turned=turned if turned in range(1, 9) else 1)
+    return simplify_channels(x), dict(affine=np.eye(4), spacing=(math.nan,) * 2, unit=unit, format="picture",
+                                      oriented=False, turned=turned if turned in range(1, 9) else 1)
 
 # %% ../nbs/00_loaders.ipynb #5e7cf085
 def npz_headers(
@@ -226,7 +233,7 @@ def npz_headers(
             with z.open(name) as f:
                 version = np.lib.format.read_magic(f)[0]
                 if version not in header:
-                    raise LoadError(f"{path} holds {name} in version {version} of the .npy format; save it as a plain array")
+                    raise LoadError(f"{path} holds {name} in version {version} of .npy; save it as a plain array")
                 shape, _, dtype = header[version](f)
             found[name.removesuffix(".npy")] = shape, dtype
     return found
@@ -269,18 +276,20 @@ def nifti_qform(
     flat:list[bool],        # (3,) which axes hold one voxel: their size may be left out
 )->tuple[np.ndarray|None, str]:  # voxel -> RAS mm, or None and what is wrong
     "The qform of a header. Source: nifti1.h, METHOD 2"
-    turn, place = [[float(h[f"{name}_{k}"]) for k in axes] for name, axes in (("quatern", "bcd"), ("qoffset", "xyz"))]
+    turn, place = [float(h[f"quatern_{k}"]) for k in "bcd"], [float(h[f"qoffset_{k}"]) for k in "xyz"]
     size, side, length = np.abs(h["pixdim"][1:4].astype(float)), float(h["pixdim"][0]), math.hypot(*turn)
     size[(size == 0) & flat] = 1
     if not np.isfinite([*turn, *place]).all():
         return None, f"quatern_b, c, d and qoffset_x, y, z are {listed([*turn, *place])}"
-    if length > 1 + 1e-4: return None, f"quatern_b, c, d are {listed(turn)}, {length:.7g} long and not at most 1"
+    if length > 1 + 1e-4:
+        return None, f"quatern_b, c, d are {listed(turn)}, {length:.7g} long and not at most 1"
     if not (np.isfinite(size) & (size > 0)).all(): return None, f"pixdim[1…3] are {listed(h['pixdim'][1:4])}"
-    if not side >= 0 and side != -1: return None, f"pixdim[0], the side that counts as right, is {side:g} and not 1 or -1"
+    if not side >= 0 and side != -1:
+        return None, f"pixdim[0], the side that counts as right, is {side:g} and not 1 or -1"
     h = h.copy()
     h["pixdim"][:4] = [-1 if side < 0 else 1, *size]
     try: return h.get_qform(), ""
-    except ValueError: rotation = nib.quaternions.quat2mat([0, *turn])   # too long for nibabel; of any length here
+    except ValueError: rotation = nib.quaternions.quat2mat([0, *turn])   # too long for get_qform
     return nib.affines.from_matvec(rotation @ np.diag(size * [1, 1, -1 if side < 0 else 1]), place), ""
 
 def nifti_sform(h:nib.Nifti1Header)->tuple[np.ndarray|None, str]: # voxel -> RAS mm, or None and what is wrong
@@ -301,12 +310,13 @@ def unoriented_nifti(
 )->dict:                    # affine, spacing, oriented
     "The voxel size of a file that does not say how it lies"
     if "unoriented" not in allow:
-        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); if its voxel size is enough, "
-                        "load it with allow=('unoriented',)")
+        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); if its voxel size "
+                        "is enough, load it with allow=('unoriented',)")
     n = min(len(h.get_data_shape()), 3)
     size = np.abs(h["pixdim"][1:4].astype(float))
     if np.isinf(size[:n]).any():
-        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); write their true size, or 0 if it is not known")
+        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); write their true size, "
+                        "or 0 if it is not known")
     filled_in = not unit and (size[:n] == 1).all()   # what libraries write when they know nothing
     size = np.where((size == 0) | filled_in, np.nan, size)
     steps = [1. if np.isnan(s) or i >= n else s for i, s in enumerate(size)]
@@ -324,7 +334,7 @@ def nifti_geometry(
     unit = {0: "", 1: "meter", 2: "mm", 3: "micron"}.get(code, f"an unknown unit ({code})")
     if unit not in ("", "mm"):
         raise LoadError(f"{path} gives its geometry in {unit} (xyzt_units); anomdx needs mm: rescale its header")
-    codes = [min(max(int(h[name]), 0), 5) for name in ("qform_code", "sform_code")]   # NIfTI's run from 0, none, to 5
+    codes = [min(max(int(h[name]), 0), 5) for name in ("qform_code", "sform_code")]   # 0 is none, 5 the last
     choice = next((name for name in allow if name in ("qform", "sform")), "")
     qform, wrong_q = nifti_qform(h, [n == 1 for n in shape]) if codes[0] else (None, "")
     sform, wrong_s = nifti_sform(h) if codes[1] else (None, "")
@@ -334,14 +344,15 @@ def nifti_geometry(
     if wrong_q and (sform is None or choice == "qform"):
         other = ", or choose its sform with allow=('sform',)" if sform is not None else ""
         raise LoadError(f"{path} has a qform that is no geometry: {wrong_q}; repair its header{other}")
-    codes = codes[0] * (qform is not None), codes[1] * (sform is not None)   # what cannot be read is not written back either
-    if not any(codes): return unoriented_nifti(h, path, allow, unit) | dict(codes=codes, qform=None, sform=None)
+    codes = codes[0] * (qform is not None), codes[1] * (sform is not None)   # what is none is not written back
+    if not any(codes):
+        return unoriented_nifti(h, path, allow, unit) | dict(codes=codes, qform=None, sform=None)
     if all(codes) and not choice:
         corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape], [1])).reshape(4, -1)
         apart = np.linalg.norm((sform - qform) @ corners, axis=0).max()
         if apart > .1 * np.linalg.norm(sform[:3, :3], axis=0).min():
-            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; choose one with allow=('sform',), as nibabel does, "
-                            "or allow=('qform',), as ITK does")
+            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; choose one with allow=('sform',), "
+                            "as nibabel does, or allow=('qform',), as ITK does")
     affine = qform if sform is None or choice == "qform" and qform is not None else sform
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return dict(affine=affine, spacing=spacing, oriented=True, codes=codes, qform=qform, sform=sform)
@@ -358,15 +369,17 @@ def open_unpacked(path:Path)->io.BufferedIOBase:
 def nifti_header(
     f:io.BufferedIOBase,  # at its beginning
     path:Path,            # for the refusal
-)->tuple[nib.Nifti1Header, list[str]]:  # the header, and the fields that had to be mended or contradict each other
+)->tuple[nib.Nifti1Header, list[str]]:  # the header, and what was mended in it or contradicts itself
     "The header of a NIfTI file, refused where a field that is needed cannot be used"
-    def odd(field, need): return LoadError(f"{path} cannot be read as a NIfTI volume: its {field}, and {need}; export it again")
+    def odd(field, need):
+        return LoadError(f"{path} cannot be read as a NIfTI volume: its {field}, and {need}; export it again")
     block = f.read(540)
     kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(block) else nib.Nifti1Header
     if not kind.may_contain_header(block):
-        said = other_kind(path) or f"its first {len(block)} bytes are no NIfTI header (magic); give it the suffix of its own format"
-        raise LoadError(f"{path} is no NIfTI file: {said}")
-    order = next((o for o, name in (("<", "little"), (">", "big")) if int.from_bytes(block[:4], name) == kind.sizeof_hdr), None)
+        bare = f"its first {len(block)} bytes are no NIfTI header (magic); give it the suffix of its own format"
+        raise LoadError(f"{path} is no NIfTI file: {other_kind(path) or bare}")
+    orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
+    order = orders.get(kind.sizeof_hdr)
     h = kind(block[:kind.sizeof_hdr], order, check=False)
     if bytes(h["magic"])[:2] == b"ni":
         raise odd("magic says that its voxels are in an .img file beside it", "they must be in the same file")
@@ -376,11 +389,14 @@ def nifti_header(
     shape = [int(n) for n in h.get_data_shape()]
     if min(shape) < 1: raise LoadError(f"{path} holds no voxels {tuple(shape)}; export it again")
     try: dtype = h.get_data_dtype()
-    except (KeyError, nib.spatialimages.HeaderDataError): raise odd(f"datatype is {int(h['datatype'])}", "that is no type of NIfTI") from None
+    except (KeyError, nib.spatialimages.HeaderDataError):
+        raise odd(f"datatype is {int(h['datatype'])}", "that is no type of NIfTI") from None
     if dtype.kind not in "iuf": raise LoadError(f"{path} holds {dtype} values; a scan needs one real number per voxel")
     bits, start, slope, inter = int(h["bitpix"]), *(float(h[k]) for k in ("vox_offset", "scl_slope", "scl_inter"))
-    if bits not in (0, 8 * dtype.itemsize): doubts.append(f"bitpix is {bits}, its datatype has {8 * dtype.itemsize}")
-    if not h.single_vox_offset <= start < 1e12: raise odd(f"vox_offset is {start:g}", f"voxels begin at {h.single_vox_offset} or later")
+    if bits not in (0, 8 * dtype.itemsize):
+        doubts.append(f"bitpix is {bits}, its datatype has {8 * dtype.itemsize}")
+    if not h.single_vox_offset <= start < 1e12:
+        raise odd(f"vox_offset is {start:g}", f"voxels begin at {h.single_vox_offset} or later")
     if slope and math.isfinite(slope) and not math.isfinite(inter):
         raise odd(f"scl_inter is {inter:g}", f"with an scl_slope of {slope:g} it must be a number")
     return h, doubts
@@ -393,7 +409,8 @@ def read_nifti(
     "Values and geometry of a NIfTI file, in the file's own voxel order"
     with reading(path, "a NIfTI volume"), open_unpacked(path) as f:
         h, doubts = nifti_header(f, path)
-        shape, dtype, start, scale = h.get_data_shape(), h.get_data_dtype(), int(h["vox_offset"]), h.get_slope_inter()
+        shape, dtype, start = h.get_data_shape(), h.get_data_dtype(), int(h["vox_offset"])
+        scale = h.get_slope_inter()
         scale = (1., 0.) if None in scale else scale
         count = math.prod(int(n) for n in shape)
         believe(path, count * (dtype.itemsize + 4) + 8 * start, path.stat().st_size)
@@ -402,10 +419,12 @@ def read_nifti(
         x = np.asarray(ArrayProxy(f, (shape, dtype, start, *scale), mmap=mmap), np.float32)
         f.seek(start + count * dtype.itemsize)
         if doubts and f.read(1):
-            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, but more values follow; export it again")
+            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, but more values follow; "
+                            "export it again")
         finite = dtype.kind in "iu" and scale == (1, 0)
     while x.ndim > 3 and x.shape[3] == 1: x = x[:, :, :, 0]   # unused time axis
-    if not 2 <= x.ndim <= 4: raise LoadError(f"{path} has {x.ndim} axes {shape}; a scan has 2 or 3, and one more for channels")
+    if not 2 <= x.ndim <= 4:
+        raise LoadError(f"{path} has {x.ndim} axes {shape}; a scan has 2 or 3, and one more for channels")
     x = x[None] if x.ndim < 4 else np.moveaxis(x, 3, 0)   # (X, Y, Z, C) -> (C, X, Y, Z)
     return x, meta | dict(spacing=meta["spacing"][:x.ndim - 1], unit="a.u.", format="nifti", finite=finite)
 
@@ -422,9 +441,10 @@ def nrrd_geometry(
     space, rows, origin = str(header.get("space", "")).lower(), header.get("space directions"), header.get("space origin")
     space = next((name for name in SPACES if space in (name, "".join(w[0] for w in name.split("-")))), "")
     bare = rows is None
-    if bare: rows = [np.full(3, s / 3 ** .5) for s in header.get("spacings", [np.nan] * len(header["sizes"]))]   # only their length counts
+    sizes = header.get("spacings", [np.nan] * len(header["sizes"]))
+    if bare: rows = [np.full(3, s / 3 ** .5) for s in sizes]   # only their length counts
     rows = np.array([np.full(3, np.nan) if r is None else r for r in rows], float).reshape(-1, 3)
-    spatial = [i for i, r in enumerate(rows) if np.isfinite(r).all() or bare and len(rows) == 3]   # of three axes all are
+    spatial = [i for i, r in enumerate(rows) if np.isfinite(r).all() or bare and len(rows) == 3]
     if len(spatial) != 3 or not len(rows) == len(header["sizes"]) <= 4: raise LoadError(f"{path} has {len(header['sizes'])} axes, "
         f"{len(spatial)} of them with a direction or spacing; a scan has 3, and one more for channels")
     units = header.get("space units") or [u for i, u in enumerate(header.get("units") or ()) if i in spatial] or [""]
@@ -435,7 +455,9 @@ def nrrd_geometry(
     if not oriented and "unoriented" not in allow: raise LoadError(f"{path} does not say how it lies in the patient (it needs a space of "
         f"{', '.join(SPACES)}, directions and an origin); if its voxel size is enough, load it with allow=('unoriented',)")
     spacing = np.linalg.norm(step, axis=0)
-    if oriented: affine = np.diag([*SPACES[space], 1]) @ nib.affines.from_matvec(step, np.array(origin, float) * mm)
+    if oriented:
+        own = nib.affines.from_matvec(step, np.array(origin, float) * mm)
+        affine = np.diag([*SPACES[space], 1]) @ own
     else: affine = np.diag([*np.where(np.isnan(spacing), 1, spacing), 1])
     return dict(affine=affine, spacing=spacing, oriented=oriented, space=space, spatial=spatial)
 
@@ -471,7 +493,8 @@ def read_nrrd(
     with reading(path, "a NRRD volume"), open(path, "rb") as f:
         header = nrrd.read_header(f)
         if missing := [k for k in ("type", "dimension", "sizes", "encoding") if k not in header]:
-            raise LoadError(f"{path} cannot be read as a NRRD volume: its header has no {' and no '.join(missing)}; export it again")
+            raise LoadError(f"{path} cannot be read as a NRRD volume: its header has no {' and no '.join(missing)}; "
+                            "export it again")
         meta = nrrd_geometry(header, path, allow)
         x = nrrd_values(f, header, path)
     channels = set(range(x.ndim)) - set(meta.pop("spatial"))
@@ -920,7 +943,8 @@ def save_nrrd(x:np.ndarray, path:Path, meta:dict)->None:
     "Write `x` with the geometry that the scan's NRRD had"
     import nrrd
     affine, spacing, header = np.asarray(meta["affine"]), meta["spacing"], dict(encoding="gzip")
-    if np.isfinite(spacing).any(): header |= dict(spacings=list(spacing), units=["" if math.isnan(s) else "mm" for s in spacing])
+    units = ["" if math.isnan(s) else "mm" for s in spacing]
+    if any(units): header |= dict(spacings=list(spacing), units=units)
     if meta["oriented"]:
         own = np.diag([*SPACES[meta["space"]], 1]) @ affine
         header = {"space": meta["space"], "space directions": own[:3, :3].T, "space origin": own[:3, 3], "encoding": "gzip"}

@@ -224,7 +224,8 @@ def evaluate_robustness(
     if run.threshold is None: calibrate(run)
     rows, preset = choose_scans(test_rows(run, table, where), n, run.cfg.seed), run.cfg.transform.preset
     scans = stored_scans(run.cfg, rows)
-    if run.cfg.transform.spatial_dims == 2: scans = (OneSlice()({"image": s})["image"] for s in scans)   # lesions of pictures are flat
+    if run.cfg.transform.spatial_dims == 2:   # lesions of pictures are flat
+        scans = (OneSlice()({"image": s})["image"] for s in scans)
     result = robustness(scans, lambda s: score_stored(run, s), run.threshold["value"], preset, seen=getattr(run.detector, "synthetic", ()),
                         total=len(rows), n_boot=run.cfg.eval.n_boot, seed=run.cfg.seed)
     out = run.folder if table is None and not where else run.folder/"evaluations"/keyed_hash(f"{table} {where}", digits=8)

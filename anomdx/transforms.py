@@ -113,21 +113,23 @@ def voxel_size(
     "How large a voxel is. Plain floats: this runs once per scan, and NumPy takes longer to start than to finish"
     steps = [math.sqrt(a * a + b * b + c * c) for a, b, c in list(zip(*scan.affine[:3].tolist()))[:scan.ndim - 1]]
     stated = scan.meta.get("spacing", steps)
-    return tuple(s if len(stated) != len(steps) or stated[i] == stated[i] else math.nan for i, s in enumerate(steps))
+    if len(stated) != len(steps): stated = steps
+    return tuple(math.nan if math.isnan(known) else s for s, known in zip(steps, stated))
 
 def fitted_shape(
     scan:MetaTensor,        # Scan (C, *S)
     size:int,               # pixels along each axis of the grid
     spacing:float|None,     # mm per pixel, or None: as large as fits
 )->tuple[int, ...]:         # (*S) after scaling, each ≤ size
-    "The shape that shows the scan with equal spacing along all axes; pixels count where no axis says how large they are"
+    "The shape that shows the scan with equal spacing along all axes; pixels count where no axis has a known one"
     voxel = voxel_size(scan)
     unknown = [i + 1 for i, v in enumerate(voxel) if math.isnan(v)]
     if unknown and (spacing or len(unknown) < len(voxel)):
         what = f"transform.spacing={spacing} mm" if spacing else "a picture in proportion"
-        raise DataError(f"does not say how large its pixels are along axis {', '.join(map(str, unknown))}, which {what} needs; "
-            + ("leave transform.spacing empty, or " if spacing else "") + "write their size in mm into a DICOM, NIfTI or NRRD file")
-    if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)   # a picture may know the shape of its pixels
+        where, other = ", ".join(map(str, unknown)), "leave transform.spacing empty, or " if spacing else ""
+        raise DataError(f"does not say how large its pixels are along axis {where}, which {what} needs; {other}write their "
+                        "size in mm into a DICOM, NIfTI or NRRD file")
+    if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)   # pixels may be known to be no squares
     mm = [v * n for v, n in zip(voxel, scan.shape[1:])]
     shape = tuple(max(1, round(v / (spacing or max(mm) / size))) for v in mm)
     if max(shape) > size: raise DataError(f"is {' × '.join(f'{v:.4g}' for v in mm)} mm; at {spacing} mm per pixel it needs size={max(shape)}, "
@@ -147,7 +149,7 @@ class OneSlice(MapTransform, InvertibleTransform):
         for k in self.key_iterator(d):
             x = d[k]
             y = x.as_tensor().squeeze(axis + 1)   # (C, *S), one of them 1 -> (C, H, W)
-            meta = x.meta | dict(affine=x.affine[:, [*kept, axis, 3]])   # the axis that is left out comes last, as in DICOM
+            meta = x.meta | dict(affine=x.affine[:, [*kept, axis, 3]])   # what is left out comes last
             if "spacing" in meta: meta["spacing"] = tuple(meta["spacing"][i] for i in kept)
             y = MetaTensor(y, meta=meta, applied_operations=x.applied_operations)
             d[k] = self.push_transform(y, orig_size=shape, extra_info=dict(axis=axis))
@@ -159,7 +161,8 @@ class OneSlice(MapTransform, InvertibleTransform):
         order = [0, 1]
         order.insert(axis, 2)
         y = x.as_tensor().unsqueeze(axis + 1)   # (C, H, W) -> (C, *S)
-        return MetaTensor(y, meta=x.meta | dict(affine=x.affine[:, [*order, 3]]), applied_operations=x.applied_operations)
+        meta = x.meta | dict(affine=x.affine[:, [*order, 3]])
+        return MetaTensor(y, meta=meta, applied_operations=x.applied_operations)
 
 # %% ../nbs/10_transforms.ipynb #e5144d16
 _resize = lru_cache(maxsize=64)(lambda shape, mode: Resize(shape, mode=mode))   # scans of one cohort often share a shape
@@ -381,8 +384,10 @@ def check_fit(
     "Raise when a scan or its mask is not what the preset needs"
     name, need = scan.meta["source"], f"the {cfg.preset} preset"
     n, shape = cfg.spatial_dims, tuple(scan.shape[1:])
-    if len(shape) != n and not (n == 2 and len(shape) == 3 and shape.count(1) == 1):   # a volume of one slice is a picture
-        volumes = f"set spatial_dims={len(shape)}" if cfg.preset != "histopathology" else "use another preset for volumes"
+    one_slice = n == 2 and len(shape) == 3 and shape.count(1) == 1   # is a picture
+    if len(shape) != n and not one_slice:
+        volumes = f"set spatial_dims={len(shape)}"
+        if cfg.preset == "histopathology": volumes = "use another preset for volumes"
         raise DataError(f"{need} needs {n} spatial axes, {name} has {len(shape)} {shape}; {volumes}"
                         + (", or save the slice that is meant as a file of its own" if n == 2 else ""))
     takes = PRESETS[cfg.preset].takes
@@ -402,7 +407,8 @@ class Pipeline:
     "The steps of a preset and what they learned; small, so that it can go to a worker process"
     def __init__(self, cfg:TransformConfig, learned:Any=None):
         self.cfg, self.learned = cfg, learned
-        self.steps = [*[OneSlice()] * (cfg.spatial_dims == 2), *PRESETS[cfg.preset].steps(cfg, learned)]   # MONAI's `Compose(preset.steps)` runs them too
+        steps = PRESETS[cfg.preset].steps(cfg, learned)
+        self.steps = [*[OneSlice()] * (cfg.spatial_dims == 2), *steps]   # MONAI's `Compose(preset.steps)` runs them too
 
     def run(self, scan:MetaTensor, mask:torch.Tensor|None, steps:list[Callable])->dict[str, MetaTensor]:
         "Some of the steps, on a copy"

@@ -132,7 +132,8 @@ def pixel_mm(
 )->tuple[float, float]|None:  # height and width of a drawn pixel
     "Millimetres per row and per column of the drawn plane, or None when nobody knows"
     meta, affine = getattr(x, "meta", None) or {}, known_affine(x)
-    if affine is None and not (len(s := meta.get("spacing", ())) > 1 and np.isfinite(s[:2]).all()): return None   # of rows and columns
+    drawn = meta.get("spacing", ())[:2]   # of rows and columns
+    if affine is None and not (len(drawn) and np.isfinite(drawn).all()): return None
     size = np.linalg.norm(np.asarray(x.affine, float)[:3], axis=0)                # follows every crop and resize
     right, front, _ = body_axes(affine)
     return (float(size[front]), float(size[right])) if affine is not None else (float(size[0]), float(size[1]))
