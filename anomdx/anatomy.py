@@ -220,7 +220,8 @@ def left_right_axis(
     "Where left and right are: from the affine, else the columns of a picture and the first axis of a volume"
     n = x.ndim - 1
     if not getattr(x, "meta", {}).get("oriented"): return 2 if n == 2 else 1
-    axis = int(np.abs(np.asarray(x.affine)[0, :3]).argmax()) + 1
+    steps = np.asarray(x.affine)[:3, :3]
+    axis = int(np.abs(steps[0] / np.linalg.norm(steps, axis=0)).argmax()) + 1   # a thick slice must not win by its size
     return axis if axis <= n else None
 
 # %% ../nbs/09_anatomy.ipynb #6bb69bcb

@@ -304,7 +304,10 @@ def write_image(
     path = path.with_name(path.name + (".png" if x.ndim == 2 else ".nii.gz"))
     with atomic_path(path) as part:
         if x.ndim == 2: Image.fromarray(x).save(part)
-        else: nib.save(nib.Nifti1Image(x, affine), part)
+        else:
+            img = nib.Nifti1Image(x, affine)
+            img.header.set_xyzt_units("mm")
+            nib.save(img, part)
     return path
 
 # %% ../nbs/03_cohorts.ipynb #ea4a809e

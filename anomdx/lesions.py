@@ -344,7 +344,8 @@ def to_array(
     "What a lesion needs to know about a scan"
     a = torch.as_tensor(x).detach().cpu().numpy().astype(np.float32)
     if a.ndim not in (3, 4): raise ValueError(f"a lesion is planted in a scan (C, *S) of 2 or 3 spatial axes, got {tuple(a.shape)}")
-    return a, [float(s) for s in getattr(x, "meta", {}).get("spacing", (1.,) * (a.ndim - 1))]
+    spacing = [float(s) for s in getattr(x, "meta", {}).get("spacing", ())]
+    return a, spacing if len(spacing) == a.ndim - 1 and np.isfinite(spacing).all() else [1.] * (a.ndim - 1)
 
 def find_tissue(
     x:np.ndarray,                              # (C, *S)
@@ -368,12 +369,20 @@ def plant_lesion(
 )->Planted:
     "The scan with a lesion in it, the mask of what changed, and what was drawn"
     a, spacing = to_array(x)
+    stated = getattr(x, "meta", {}).get("spacing", ())
+    known = np.isfinite(stated).all()   # a plain tensor has pixels, and nobody expects more
+    if options.get("diameter") is not None and not known:
+        source = x.meta.get("source", "the scan")
+        raise DataError(f"the diameter of a lesion is in mm, but {source} does not say how large its pixels "
+                        "are; leave it out, or plant in scan.as_tensor(), where it is in pixels")
     inside = find_tissue(a, lesion.organ, tissue)
     arrays = {k: options.pop(k) for k in ("donor",) if options.get(k) is not None}   # a second scan cannot be part of a record
     if params is None:
         if options.get("center") is not None and len(options["center"]) != inside.ndim: raise ValueError(
             f"center needs {inside.ndim} coordinates for a scan of {inside.ndim} spatial axes, got {len(options['center'])}")
-        params = lesion.draw(a, inside, np.random.default_rng(rng), spacing, **arrays, **options)
+        try: params = lesion.draw(a, inside, np.random.default_rng(rng), spacing, **arrays, **options)
+        except NoRoom as e:
+            raise NoRoom(str(e) if known and len(stated) else str(e).replace(" mm", " pixels")) from None
         params = dict(params, spacing=spacing, shape=list(inside.shape), tissue="found" if tissue is None else "given")
     elif list(inside.shape) != params["shape"]: raise ValueError(f"this lesion was drawn for {len(params['shape'])} spatial axes "
         f"{tuple(params['shape'])}, the scan has {inside.ndim} {inside.shape}; draw a new one")

@@ -6,22 +6,24 @@
 __all__ = ['QUIET', 'SPACES', 'LENGTHS', 'HEADER_TAGS', 'IDENTITY', 'RESCALE_TAGS', 'VOLUME_TAGS', 'TIME_TAGS', 'SPLIT_TAGS',
            'FILE_TAGS', 'MACROS', 'NUCLEAR', 'SHOWS_TEXT', 'RAS', 'MODALITIES', 'ALLOW', 'PICTURES', 'DataError',
            'LoadError', 'Silence', 'reading', 'believe', 'keyed_hash', 'atomic_path', 'to_scan', 'simplify_channels',
-           'read_picture', 'npz_headers', 'npz_images', 'npz_array', 'read_npz', 'nifti_geometry', 'believe_nifti',
-           'read_nifti', 'nrrd_geometry', 'nrrd_values', 'read_nrrd', 'dicom_header', 'dicom_headers', 'image_digest',
-           'same_image', 'leave_out_copies', 'frame_headers', 'frame_count', 'numbers', 'slice_place', 'slice_places',
-           'frame_fault', 'place_tolerance', 'stack_faults', 'Part', 'slice_headers', 'shared_file', 'whole_file',
-           'series_faults', 'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames',
-           'stored_frames', 'modality_values', 'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry',
-           'straighten', 'first_value', 'what_helps', 'read_images', 'read_series', 'read_dicom', 'load_scan',
-           'load_picture', 'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture', 'write_back', 'save_map',
-           'save_mask', 'load_mask', 'lesion_of', 'fit_mask']
+           'read_picture', 'npz_headers', 'npz_images', 'npz_array', 'read_npz', 'nifti_geometry', 'read_nifti',
+           'nrrd_geometry', 'nrrd_values', 'read_nrrd', 'dicom_header', 'dicom_headers', 'image_digest', 'same_image',
+           'leave_out_copies', 'frame_headers', 'frame_count', 'numbers', 'slice_place', 'slice_places', 'frame_fault',
+           'place_tolerance', 'stack_faults', 'Part', 'slice_headers', 'shared_file', 'whole_file', 'series_faults',
+           'series_findings', 'series_groups', 'identity_findings', 'coded_size', 'decoded_frames', 'stored_frames',
+           'modality_values', 'read_pixels', 'picture_geometry', 'one_slice', 'series_geometry', 'straighten',
+           'first_value', 'what_helps', 'read_images', 'read_series', 'read_dicom', 'load_scan', 'load_picture',
+           'map_suffix', 'nifti_image', 'save_nrrd', 'save_picture', 'write_back', 'save_map', 'save_mask', 'load_mask',
+           'lesion_of', 'fit_mask']
 
 # %% ../nbs/00_loaders.ipynb #4ff80d1e
 import bz2
 import copy
+import gzip
 import hashlib
 import io
 import logging
+import lzma
 import math
 import os
 import re
@@ -45,6 +47,7 @@ import numpy as np
 import pydicom
 import torch
 from monai.data import MetaTensor
+from nibabel.arrayproxy import ArrayProxy
 from PIL import Image, ImageOps
 from pydicom import Dataset
 from pydicom.datadict import DicomDictionary, dictionary_VR, keyword_for_tag
@@ -91,6 +94,34 @@ class Silence:
 
 QUIET = Silence()
 
+# %% ../nbs/00_loaders.ipynb #5a1b0c02
+SUFFIXES = dict(picture=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), nifti=(".nii", ".nii.gz"), npz=(".npz",),
+                nrrd=(".nrrd",))
+MAGIC = {   # first bytes -> what the file is, and under which suffixes it may be that
+    b"\x1f\x8b": ("packed by gzip", "nifti"), b"BZh": ("packed by bzip2", "nifti"),
+    b"\xfd7zXZ": ("packed by xz", "nifti"),
+    b"\x28\xb5\x2f\xfd": ("packed by Zstandard", ""), b"PK\3\4": ("a ZIP archive", "npz"),
+    b"7z\xbc\xaf": ("a 7z archive", ""),
+    b"Rar!": ("a RAR archive", ""), b"\x89PNG": ("a PNG picture", "picture"),
+    b"\xff\xd8\xff": ("a JPEG picture", "picture"),
+    b"II*\0": ("a TIFF picture", "picture"), b"MM\0*": ("a TIFF picture", "picture"),
+    b"BM": ("a BMP picture", "picture"),
+    b"GIF8": ("a GIF picture", ""), b"RIFF": ("a WebP picture", ""), b"NRRD0": ("a NRRD volume", "nrrd"),
+    b"%PDF": ("a PDF", ""),
+    b"<!": ("a web page", ""), b"<h": ("a web page", ""), b"<?xml": ("XML text", "")}
+
+def other_kind(
+    path:str|Path,  # a file that a library could not read
+)->str:             # '' when its first bytes fit its name, or say nothing
+    "What a file is by its first bytes, and what to do"
+    try:
+        with open(path, "rb") as f: head = f.read(8)
+    except OSError: return ""
+    if not head: return "the file is empty (0 bytes); copy or download it again"
+    kind, own = next((found for magic, found in MAGIC.items() if head.startswith(magic)), ("", ""))
+    if not kind or str(path).lower().endswith(SUFFIXES.get(own, "-")): return ""
+    return f"by its first bytes it is {kind}; unpack, rename or convert it"
+
 # %% ../nbs/00_loaders.ipynb #110beb1b
 @contextmanager
 def reading(
@@ -104,8 +135,8 @@ def reading(
     except MemoryError: raise LoadError(f"{path} needs more memory than is free to be read as {what}; if its size is right, use a larger machine") from None
     except Exception as e:
         if isinstance(e, OSError) and e.errno: raise LoadError(f"{path} cannot be read: {os.strerror(e.errno)}") from None
-        raise LoadError(f"{path} cannot be read as {what} ({type(e).__name__}): the file is damaged or incomplete; "
-                        "copy or download it again") from None
+        reason = other_kind(path) or "the file is damaged or incomplete; copy or download it again"
+        raise LoadError(f"{path} cannot be read as {what} ({type(e).__name__}): {reason}") from None
 
 # %% ../nbs/00_loaders.ipynb #3695de35
 def believe(
@@ -146,7 +177,7 @@ def to_scan(
     x:np.ndarray,                # (C, *spatial)
     source:str,                  # where it came from
     affine:np.ndarray,           # (4, 4), voxel -> RAS mm
-    spacing:tuple[float, ...],   # mm per axis
+    spacing:tuple[float, ...],   # mm per axis; nan where not known: the affine then counts voxels there
     finite:bool=False,           # values are already known to be finite
     **meta,                      # unit, modality, patient, format, oriented, …
 )->MetaTensor:                   # float32 (C, *spatial)
@@ -156,14 +187,17 @@ def to_scan(
     bad = 0 if finite or x.sum().isfinite() else int((~x.isfinite()).sum())   # the sum is cheap and needs no memory
     if bad or not x.numel(): raise LoadError(f"{source} holds {bad} NaN or infinite values of {x.numel()}, but a scan "
         "needs numbers everywhere; replace them by the background value and save it again")
+    spacing = tuple(float(s) for s in spacing)
     size = np.linalg.norm(affine[:3, :3], axis=0)   # mm
-    oriented = meta.get("oriented", True)   # a picture may not know the size of its pixels
-    known = [s for s in spacing if oriented or not np.isnan(s)]
-    sane = np.isfinite(affine).all() and np.isfinite(known).all()
-    sound = sane and min(*size, *known) > 1e-7 and max(*known, *np.abs(affine).flat) < 1e6
-    if not sound or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3: raise LoadError(
-        f"{source} has a geometry that cannot be: a voxel size or a direction is zero, huge or no number; repair its header")
-    meta = dict(spacing=tuple(float(s) for s in spacing), source=str(source), **meta)
+    placed = meta.get("oriented")   # a place needs the spacing of every axis that has more than one voxel
+    lengths = [*size, *(s for s, n in zip(spacing, x.shape[1:]) if not math.isnan(s) or placed and n > 1)]
+    sizes = [*lengths, *np.abs(affine).flat]
+    sound = np.isfinite(sizes).all() and min(lengths) > 1e-7 and max(sizes) < 1e6
+    if not sound or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3:
+        said = " × ".join(f"{s:.4g}" for s in spacing)
+        raise LoadError(f"{source} has a geometry that cannot be: a voxel size or a direction is zero, huge or no "
+                        f"number (its voxels are {said} mm); repair its header")
+    meta = dict(spacing=spacing, source=str(source), **meta)
     return MetaTensor(x, affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
 
 # %% ../nbs/00_loaders.ipynb #62ef8330
@@ -223,8 +257,8 @@ def read_picture(
         x = np.array(im)
     x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)   # (H, W[, C]) -> (C, H, W)
     unit = "uint8" if x.dtype == bool else x.dtype.newbyteorder("=").name
-    return simplify_channels(x), dict(affine=np.eye(4), spacing=(1, 1), unit=unit, format="picture", oriented=False,
-                                      turned=turned if turned in range(1, 9) else 1)
+    return simplify_channels(x), dict(affine=np.eye(4), spacing=(math.nan,) * 2, unit=unit, format="picture",
+                                      oriented=False, turned=turned if turned in range(1, 9) else 1)
 
 # %% ../nbs/00_loaders.ipynb #5e7cf085
 def npz_headers(
@@ -234,7 +268,12 @@ def npz_headers(
     found, header = {}, {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     with reading(path, "an .npz archive"), zipfile.ZipFile(path) as z:
         for name in z.namelist():
-            with z.open(name) as f: shape, _, dtype = header[np.lib.format.read_magic(f)[0]](f)
+            if not name.endswith(".npy"): continue
+            with z.open(name) as f:
+                version = np.lib.format.read_magic(f)[0]
+                if version not in header:
+                    raise LoadError(f"{path} holds {name} in version {version} of .npy; save it as a plain array")
+                shape, _, dtype = header[version](f)
             found[name.removesuffix(".npy")] = shape, dtype
     return found
 
@@ -265,44 +304,141 @@ def read_npz(
     unit = "uint8" if x.dtype == bool else x.dtype.newbyteorder("=").name
     if x.ndim == 3 and x.shape[-1] in (3, 4): x = simplify_channels(np.moveaxis(x, -1, 0))   # (H, W, C) -> (C, H, W)
     else: x = x[None]
-    return x.copy(), dict(affine=np.eye(4), spacing=(1,) * (x.ndim - 1), unit=unit, format="picture", oriented=False)
+    unknown = (math.nan,) * (x.ndim - 1)
+    return x.copy(), dict(affine=np.eye(4), spacing=unknown, unit=unit, format="picture", oriented=False)
+
+# %% ../nbs/00_loaders.ipynb #5a1b0c10
+def listed(values:np.ndarray)->str: return ", ".join(f"{v:.7g}" for v in np.ravel(values))
+
+def nifti_qform(
+    h:nib.Nifti1Header,
+    flat:list[bool],        # (3,) which axes hold one voxel: their size may be left out
+)->tuple[np.ndarray|None, str]:  # voxel -> RAS mm, or None and what is wrong
+    "The qform of a header. Source: nifti1.h, METHOD 2"
+    turn, place = [float(h[f"quatern_{k}"]) for k in "bcd"], [float(h[f"qoffset_{k}"]) for k in "xyz"]
+    size, side, length = np.abs(h["pixdim"][1:4].astype(float)), float(h["pixdim"][0]), math.hypot(*turn)
+    size[(size == 0) & flat] = 1
+    if not np.isfinite([*turn, *place]).all():
+        return None, f"quatern_b, c, d and qoffset_x, y, z are {listed([*turn, *place])}"
+    if length > 1 + 1e-4:
+        return None, f"quatern_b, c, d are {listed(turn)}, {length:.7g} long and not at most 1"
+    if not (np.isfinite(size) & (size > 0)).all(): return None, f"pixdim[1…3] are {listed(h['pixdim'][1:4])}"
+    if not side >= 0 and side != -1:
+        return None, f"pixdim[0], the side that counts as right, is {side:g} and not 1 or -1"
+    h = h.copy()
+    h["pixdim"][:4] = [-1 if side < 0 else 1, *size]
+    try: return h.get_qform(), ""
+    except ValueError: rotation = nib.quaternions.quat2mat([0, *turn])   # too long for get_qform
+    return nib.affines.from_matvec(rotation @ np.diag(size * [1, 1, -1 if side < 0 else 1]), place), ""
+
+def nifti_sform(h:nib.Nifti1Header)->tuple[np.ndarray|None, str]: # voxel -> RAS mm, or None and what is wrong
+    "The sform of a header. Source: nifti1.h, METHOD 3"
+    affine = h.get_sform()
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all(): return None, f"srow_x, y, z are {listed(affine[:3])}"
+    if not size.all() or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3:
+        return None, f"srow_x, y, z are {listed(affine[:3])}, no three directions"
+    return affine, ""
+
+# %% ../nbs/00_loaders.ipynb #5a1b0c13
+def unoriented_nifti(
+    h:nib.Nifti1Header,
+    path:Path,              # for the refusal
+    allow:tuple[str, ...],  # needs 'unoriented'
+    unit:str,               # '' when the header does not say
+)->dict:                    # affine, spacing, oriented
+    "The voxel size of a file that does not say how it lies"
+    if "unoriented" not in allow:
+        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); if its voxel size "
+                        "is enough, load it with allow=('unoriented',)")
+    n = min(len(h.get_data_shape()), 3)
+    size = np.abs(h["pixdim"][1:4].astype(float))
+    if np.isinf(size[:n]).any():
+        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); write their true size, "
+                        "or 0 if it is not known")
+    filled_in = not unit and (size[:n] == 1).all()   # what libraries write when they know nothing
+    size = np.where((size == 0) | filled_in, np.nan, size)
+    steps = [1. if np.isnan(s) or i >= n else s for i, s in enumerate(size)]
+    return dict(affine=np.diag([*steps, 1.]), spacing=size, oriented=False)
 
 # %% ../nbs/00_loaders.ipynb #121bd546
 def nifti_geometry(
-    img:nib.Nifti1Image,
+    h:nib.Nifti1Header,
     path:Path,                 # for the refusal
     allow:tuple[str, ...]=(),  # 'sform' or 'qform': the one to trust; 'unoriented': the voxel size is enough
 )->dict:                       # affine, spacing, oriented, codes, qform, sform
     "The geometry that the header gives, or the one that `allow` chooses"
-    h = img.header
-    codes, unit = (int(h["qform_code"]), int(h["sform_code"])), h.get_xyzt_units()[0]
-    if unit in ("meter", "micron"): raise LoadError(f"{path} gives its geometry in {unit}; anomdx needs mm: rescale its header")
-    forms = dict(qform=h.get_qform() if codes[0] else None, sform=h.get_sform() if codes[1] else None)
-    affine = forms["sform"] if codes[1] else forms["qform"] if codes[0] else np.diag([*h.get_zooms(), 1, 1][:3] + [1])
-    if not any(codes) and "unoriented" not in allow: raise LoadError(f"{path} does not say how it lies in the patient (qform and sform "
-        "codes are 0); if its voxel size is enough, load it with allow=('unoriented',)")
-    if all(codes):
-        corners = np.array(np.meshgrid(*[[0, n - 1] for n in (img.shape + (1, 1))[:3]], [1])).reshape(4, -1)
-        apart = np.linalg.norm((forms["sform"] - forms["qform"]) @ corners, axis=0).max()
-        choice = next((name for name in allow if name in forms), "")
-        if apart > .1 * np.linalg.norm(affine[:3, :3], axis=0).min() and not choice: raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; "
-            "choose one with allow=('sform',), as nibabel does, or allow=('qform',), as ITK does")
-        affine = forms[choice or "sform"]
-    return dict(affine=affine, spacing=np.linalg.norm(affine[:3, :3], axis=0), oriented=any(codes), codes=codes, **forms)
+    shape = (*h.get_data_shape(), 1, 1)[:3]
+    code = int(h["xyzt_units"]) & 7
+    unit = {0: "", 1: "meter", 2: "mm", 3: "micron"}.get(code, f"an unknown unit ({code})")
+    if unit not in ("", "mm"):
+        raise LoadError(f"{path} gives its geometry in {unit} (xyzt_units); anomdx needs mm: rescale its header")
+    codes = [min(max(int(h[name]), 0), 5) for name in ("qform_code", "sform_code")]   # 0 is none, 5 the last
+    choice = next((name for name in allow if name in ("qform", "sform")), "")
+    qform, wrong_q = nifti_qform(h, [n == 1 for n in shape]) if codes[0] else (None, "")
+    sform, wrong_s = nifti_sform(h) if codes[1] else (None, "")
+    if wrong_s and not (choice == "qform" and qform is not None):
+        other = ", or choose its qform with allow=('qform',)" if qform is not None else ""
+        raise LoadError(f"{path} has an sform that is no geometry: {wrong_s}; repair its header{other}")
+    if wrong_q and (sform is None or choice == "qform"):
+        other = ", or choose its sform with allow=('sform',)" if sform is not None else ""
+        raise LoadError(f"{path} has a qform that is no geometry: {wrong_q}; repair its header{other}")
+    codes = codes[0] * (qform is not None), codes[1] * (sform is not None)   # what is none is not written back
+    if not any(codes):
+        return unoriented_nifti(h, path, allow, unit) | dict(codes=codes, qform=None, sform=None)
+    if all(codes) and not choice:
+        corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape], [1])).reshape(4, -1)
+        apart = np.linalg.norm((sform - qform) @ corners, axis=0).max()
+        if apart > .1 * np.linalg.norm(sform[:3, :3], axis=0).min():
+            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; choose one with allow=('sform',), "
+                            "as nibabel does, or allow=('qform',), as ITK does")
+    affine = qform if sform is None or choice == "qform" and qform is not None else sform
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return dict(affine=affine, spacing=spacing, oriented=True, codes=codes, qform=qform, sform=sform)
+
+# %% ../nbs/00_loaders.ipynb #5a1b0c20
+UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+def open_unpacked(path:Path)->io.BufferedIOBase:
+    "A file as it was before it was packed, whatever it is called"
+    with open(path, "rb") as f: head = f.read(6)
+    return next((unpack for magic, unpack in UNPACK.items() if head.startswith(magic)), open)(path, "rb")
 
 # %% ../nbs/00_loaders.ipynb #f3e73608
-def believe_nifti(
-    path:Path,  # .nii or .nii.gz
-)->np.dtype:    # of the stored values
-    "Refuse a NIfTI file whose header asks for more than the file can hold"
-    with nib.openers.ImageOpener(path) as f: block = f.read(540)
+def nifti_header(
+    f:io.BufferedIOBase,  # at its beginning
+    path:Path,            # for the refusal
+)->tuple[nib.Nifti1Header, list[str]]:  # the header, and what was mended in it or contradicts itself
+    "The header of a NIfTI file, refused where a field that is needed cannot be used"
+    def odd(field, need):
+        return LoadError(f"{path} cannot be read as a NIfTI volume: its {field}, and {need}; export it again")
+    block = f.read(540)
     kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(block) else nib.Nifti1Header
-    h = kind(block[:kind.sizeof_hdr])
-    shape, dtype = [int(n) for n in h.get_data_shape()], h.get_data_dtype()
-    if not shape or min(shape) < 1: raise LoadError(f"{path} holds no voxels {tuple(shape)}; export it again")
+    if not kind.may_contain_header(block):
+        bare = f"its first {len(block)} bytes are no NIfTI header (magic); give it the suffix of its own format"
+        raise LoadError(f"{path} is no NIfTI file: {other_kind(path) or bare}")
+    orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
+    order = orders.get(kind.sizeof_hdr)
+    h = kind(block[:kind.sizeof_hdr], order, check=False)
+    if bytes(h["magic"])[:2] == b"ni":
+        raise odd("magic says that its voxels are in an .img file beside it", "they must be in the same file")
+    if not 1 <= h["dim"][0] <= 7: raise odd(f"dim[0] is {int(h['dim'][0])}", "a file has 1 to 7 axes")
+    doubts = [f"dim[{i}] is 0" for i in range(3, int(h["dim"][0]) + 1) if h["dim"][i] == 0]
+    h["dim"][3:] = np.where(h["dim"][3:] == 0, 1, h["dim"][3:])
+    shape = [int(n) for n in h.get_data_shape()]
+    if min(shape) < 1: raise LoadError(f"{path} holds no voxels {tuple(shape)}; export it again")
+    try: dtype = h.get_data_dtype()
+    except (KeyError, nib.spatialimages.HeaderDataError):
+        raise odd(f"datatype is {int(h['datatype'])}", "that is no type of NIfTI") from None
     if dtype.kind not in "iuf": raise LoadError(f"{path} holds {dtype} values; a scan needs one real number per voxel")
-    believe(path, math.prod(shape) * (dtype.itemsize + 4) + 8 * max(int(h["vox_offset"]), 0), path.stat().st_size)
-    return dtype
+    bits, start, slope, inter = int(h["bitpix"]), *(float(h[k]) for k in ("vox_offset", "scl_slope", "scl_inter"))
+    if bits not in (0, 8 * dtype.itemsize):
+        doubts.append(f"bitpix is {bits}, its datatype has {8 * dtype.itemsize}")
+    if not h.single_vox_offset <= start < 1e12:
+        raise odd(f"vox_offset is {start:g}", f"voxels begin at {h.single_vox_offset} or later")
+    if slope and math.isfinite(slope) and not math.isfinite(inter):
+        raise odd(f"scl_inter is {inter:g}", f"with an scl_slope of {slope:g} it must be a number")
+    return h, doubts
 
 # %% ../nbs/00_loaders.ipynb #553dbbfa
 def read_nifti(
@@ -310,14 +446,24 @@ def read_nifti(
     allow:tuple[str, ...]=(),   # names in `ALLOW`
 )->tuple[np.ndarray, dict]:     # (C, *spatial) scaled values, and what is known about them
     "Values and geometry of a NIfTI file, in the file's own voxel order"
-    with reading(path, "a NIfTI volume"):
-        dtype = believe_nifti(path)
-        img = nib.load(path, mmap=dtype != np.float32)   # values that need no conversion would stay in the file, and go with it
-        meta = nifti_geometry(img, path, allow)
-        x = np.asarray(img.dataobj, np.float32)
-        finite = dtype.kind in "iu" and (img.dataobj.slope, img.dataobj.inter) == (1, 0)
+    with reading(path, "a NIfTI volume"), open_unpacked(path) as f:
+        h, doubts = nifti_header(f, path)
+        shape, dtype, start = h.get_data_shape(), h.get_data_dtype(), int(h["vox_offset"])
+        scale = h.get_slope_inter()
+        scale = (1., 0.) if None in scale else scale
+        count = math.prod(int(n) for n in shape)
+        believe(path, count * (dtype.itemsize + 4) + 8 * start, path.stat().st_size)
+        meta = nifti_geometry(h, path, allow)
+        mmap = dtype != np.float32   # values that need no conversion would stay in the file, and go with it
+        x = np.asarray(ArrayProxy(f, (shape, dtype, start, *scale), mmap=mmap), np.float32)
+        f.seek(start + count * dtype.itemsize)
+        if doubts and f.read(1):
+            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, but more values follow; "
+                            "export it again")
+        finite = dtype.kind in "iu" and scale == (1, 0)
     while x.ndim > 3 and x.shape[3] == 1: x = x[:, :, :, 0]   # unused time axis
-    if not 2 <= x.ndim <= 4: raise LoadError(f"{path} has {x.ndim} axes {img.shape}; a scan has 2 or 3, and one more for channels")
+    if not 2 <= x.ndim <= 4:
+        raise LoadError(f"{path} has {x.ndim} axes {shape}; a scan has 2 or 3, and one more for channels")
     x = x[None] if x.ndim < 4 else np.moveaxis(x, 3, 0)   # (X, Y, Z, C) -> (C, X, Y, Z)
     return x, meta | dict(spacing=meta["spacing"][:x.ndim - 1], unit="a.u.", format="nifti", finite=finite)
 
@@ -333,9 +479,11 @@ def nrrd_geometry(
     "Where the voxels of a NRRD are. Source: teem.sourceforge.net/nrrd/format.html, section 6"
     space, rows, origin = str(header.get("space", "")).lower(), header.get("space directions"), header.get("space origin")
     space = next((name for name in SPACES if space in (name, "".join(w[0] for w in name.split("-")))), "")
-    if rows is None: rows = [np.full(3, s / 3 ** .5) for s in header.get("spacings", ())]   # only their length counts
+    bare = rows is None
+    sizes = header.get("spacings", [np.nan] * len(header["sizes"]))
+    if bare: rows = [np.full(3, s / 3 ** .5) for s in sizes]   # only their length counts
     rows = np.array([np.full(3, np.nan) if r is None else r for r in rows], float).reshape(-1, 3)
-    spatial = [i for i, r in enumerate(rows) if np.isfinite(r).all()]
+    spatial = [i for i, r in enumerate(rows) if np.isfinite(r).all() or bare and len(rows) == 3]
     if len(spatial) != 3 or not len(rows) == len(header["sizes"]) <= 4: raise LoadError(f"{path} has {len(header['sizes'])} axes, "
         f"{len(spatial)} of them with a direction or spacing; a scan has 3, and one more for channels")
     units = header.get("space units") or [u for i, u in enumerate(header.get("units") or ()) if i in spatial] or [""]
@@ -346,7 +494,10 @@ def nrrd_geometry(
     if not oriented and "unoriented" not in allow: raise LoadError(f"{path} does not say how it lies in the patient (it needs a space of "
         f"{', '.join(SPACES)}, directions and an origin); if its voxel size is enough, load it with allow=('unoriented',)")
     spacing = np.linalg.norm(step, axis=0)
-    affine = np.diag([*SPACES[space], 1]) @ nib.affines.from_matvec(step, np.array(origin, float) * mm) if oriented else np.diag([*spacing, 1])
+    if oriented:
+        own = nib.affines.from_matvec(step, np.array(origin, float) * mm)
+        affine = np.diag([*SPACES[space], 1]) @ own
+    else: affine = np.diag([*np.where(np.isnan(spacing), 1, spacing), 1])
     return dict(affine=affine, spacing=spacing, oriented=oriented, space=space, spatial=spatial)
 
 # %% ../nbs/00_loaders.ipynb #6f6f3df0
@@ -380,6 +531,9 @@ def read_nrrd(
     except ImportError: raise LoadError(f"{path} needs pynrrd: pip install 'anomdx[dicom]'") from None
     with reading(path, "a NRRD volume"), open(path, "rb") as f:
         header = nrrd.read_header(f)
+        if missing := [k for k in ("type", "dimension", "sizes", "encoding") if k not in header]:
+            raise LoadError(f"{path} cannot be read as a NRRD volume: its header has no {' and no '.join(missing)}; "
+                            "export it again")
         meta = nrrd_geometry(header, path, allow)
         x = nrrd_values(f, header, path)
     channels = set(range(x.ndim)) - set(meta.pop("spatial"))
@@ -1883,8 +2037,10 @@ def nifti_image(
     affine, (qcode, scode) = np.asarray(meta["affine"]), meta.get("codes", (0, 0))
     if meta["format"] == "dicom" and amap.ndim == 2: amap = amap[..., None]   # one slice in its place
     img = nib.Nifti1Image(amap, affine if meta["oriented"] else None)
-    if all(meta.get("spacing_known", [True])): img.header.set_xyzt_units("mm")
-    img.header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0)[:amap.ndim])
+    steps = np.linalg.norm(affine[:3, :3], axis=0)[:amap.ndim]
+    if meta["oriented"] or np.isfinite(meta["spacing"]).all(): img.header.set_xyzt_units("mm")
+    else: steps = np.ones(amap.ndim)   # without a unit: what libraries write when they know nothing
+    img.header.set_zooms(steps)
     sform = meta.get("sform")
     if meta["oriented"]: img.set_sform((affine if sform is None else sform) if scode else None, scode)
     if qcode: img.set_qform(meta["qform"], qcode)
@@ -1894,7 +2050,9 @@ def nifti_image(
 def save_nrrd(x:np.ndarray, path:Path, meta:dict)->None:
     "Write `x` with the geometry that the scan's NRRD had"
     import nrrd
-    affine, header = np.asarray(meta["affine"]), dict(spacings=list(meta["spacing"]), units=["mm"] * 3, encoding="gzip")
+    affine, spacing, header = np.asarray(meta["affine"]), meta["spacing"], dict(encoding="gzip")
+    units = ["" if math.isnan(s) else "mm" for s in spacing]
+    if any(units): header |= dict(spacings=list(spacing), units=units)
     if meta["oriented"]:
         own = np.diag([*SPACES[meta["space"]], 1]) @ affine
         header = {"space": meta["space"], "space directions": own[:3, :3].T, "space origin": own[:3, 3], "encoding": "gzip"}

@@ -81,11 +81,10 @@ PARTS = (.03, .05, .08, .12, .18, .25)   # usual diameters, as parts of the fiel
 def voxel_size(
     scan:torch.Tensor,  # Scan or tensor (C, *S)
 )->tuple[list[float], str]: # along each axis, and 'mm' or 'px'
-    "What the scan says about its voxels; exactly 1 × 1 without a position is a file that does not say"
-    meta, n = getattr(scan, "meta", {}), scan.ndim - 1
-    spacing = [float(s) for s in meta.get("spacing", (1.,) * n)]
-    known = all(meta.get("spacing_known", [meta.get("oriented", False) or set(spacing) != {1.}]))
-    return (spacing, "mm") if known else ([1.] * n, "px")
+    "What the scan says about its voxels; in pixels unless it says all of it"
+    n = scan.ndim - 1
+    spacing = [float(s) for s in getattr(scan, "meta", {}).get("spacing", (np.nan,) * n)]
+    return (spacing, "mm") if np.isfinite(spacing).all() else ([1.] * n, "px")
 
 def usual_diameters(scan:torch.Tensor)->list[float]: # in the unit of `voxel_size`
     "PARTS of the side of a cube with the same volume as the field of view, so that a thin stack is not all that counts"

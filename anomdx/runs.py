@@ -34,7 +34,7 @@ from .tables import ScanTable, select_rows
 from .thresholds import conformal_threshold, pixel_threshold
 from .train import load_weights
 from .robustness import choose_scans, robustness
-from .transforms import Preset
+from .transforms import OneSlice, Preset
 
 # %% ../nbs/54_runs.ipynb #fe0de4f5
 @dataclass
@@ -342,7 +342,10 @@ def evaluate_robustness(
     run = open_run(folder)
     if run.threshold is None: calibrate(run)
     rows, preset = choose_scans(test_rows(run, table, where), n, run.cfg.seed), run.cfg.transform.preset
-    result = robustness(stored_scans(run.cfg, rows), lambda s: score_stored(run, s), run.threshold["value"], preset, seen=getattr(run.detector, "synthetic", ()),
+    scans = stored_scans(run.cfg, rows)
+    if run.cfg.transform.spatial_dims == 2:   # lesions of pictures are flat
+        scans = (OneSlice()({"image": s})["image"] for s in scans)
+    result = robustness(scans, lambda s: score_stored(run, s), run.threshold["value"], preset, seen=getattr(run.detector, "synthetic", ()),
                         total=len(rows), n_boot=run.cfg.eval.n_boot, seed=run.cfg.seed)
     out = run.folder if table is None and not where else run.folder/"evaluations"/keyed_hash(f"{table} {where}", digits=8)
     with atomic_path(out/"robustness.json") as part: part.write_text(json.dumps(result, indent=1))

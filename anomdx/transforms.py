@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNDO', 'PRESETS', 'PRESET_OPTIONS', 'TransformConfig', 'MRIConfig', 'CTConfig', 'ChestXrayConfig', 'OCTConfig',
-           'HistopathologyConfig', 'voxel_size', 'fitted_shape', 'ToGrid', 'Flatten', 'from_grid', 'Pixels', 'Learned',
-           'Foreground', 'Crop', 'mri_steps', 'Windows', 'ct_steps', 'exposed_scale', 'chest_xray_steps', 'Visible',
-           'oct_steps', 'transmittance', 'histopathology_steps', 'Modality', 'check_unit', 'check_fit', 'Pipeline',
-           'Learner', 'Preset', 'create_preset']
+           'HistopathologyConfig', 'voxel_size', 'fitted_shape', 'OneSlice', 'ToGrid', 'Flatten', 'from_grid', 'Pixels',
+           'Learned', 'Foreground', 'Crop', 'mri_steps', 'Windows', 'ct_steps', 'exposed_scale', 'chest_xray_steps',
+           'Visible', 'oct_steps', 'transmittance', 'histopathology_steps', 'Modality', 'check_unit', 'check_fit',
+           'Pipeline', 'Learner', 'Preset', 'create_preset']
 
 # %% ../nbs/10_transforms.ipynb #b4279abb
 import json, math
@@ -109,21 +109,60 @@ class HistopathologyConfig(TransformConfig):
 # %% ../nbs/10_transforms.ipynb #e871ab06
 def voxel_size(
     scan:MetaTensor,         # Scan (C, *S)
-)->tuple[float, ...]:        # mm along each axis
+)->tuple[float, ...]:        # mm along each axis, nan where it is not known
     "How large a voxel is. Plain floats: this runs once per scan, and NumPy takes longer to start than to finish"
-    return tuple(math.sqrt(a * a + b * b + c * c) for a, b, c in list(zip(*scan.affine[:3].tolist()))[:scan.ndim - 1])
+    steps = [math.sqrt(a * a + b * b + c * c) for a, b, c in list(zip(*scan.affine[:3].tolist()))[:scan.ndim - 1]]
+    stated = scan.meta.get("spacing", steps)
+    if len(stated) != len(steps): stated = steps
+    return tuple(math.nan if math.isnan(known) else s for s, known in zip(steps, stated))
 
 def fitted_shape(
     scan:MetaTensor,        # Scan (C, *S)
     size:int,               # pixels along each axis of the grid
     spacing:float|None,     # mm per pixel, or None: as large as fits
 )->tuple[int, ...]:         # (*S) after scaling, each ≤ size
-    "The shape that shows the scan with equal spacing along all axes"
-    mm = [v * n for v, n in zip(voxel_size(scan), scan.shape[1:])]
+    "The shape that shows the scan with equal spacing along all axes; pixels count where no axis has a known one"
+    voxel = voxel_size(scan)
+    unknown = [i + 1 for i, v in enumerate(voxel) if math.isnan(v)]
+    if unknown and (spacing or len(unknown) < len(voxel)):
+        what = f"transform.spacing={spacing} mm" if spacing else "a picture in proportion"
+        where, other = ", ".join(map(str, unknown)), "leave transform.spacing empty, or " if spacing else ""
+        raise DataError(f"does not say how large its pixels are along axis {where}, which {what} needs; {other}write their "
+                        "size in mm into a DICOM, NIfTI or NRRD file")
+    if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)   # pixels may be known to be no squares
+    mm = [v * n for v, n in zip(voxel, scan.shape[1:])]
     shape = tuple(max(1, round(v / (spacing or max(mm) / size))) for v in mm)
     if max(shape) > size: raise DataError(f"is {' × '.join(f'{v:.4g}' for v in mm)} mm; at {spacing} mm per pixel it needs size={max(shape)}, "
         f"got size={size}: enlarge one of them, or leave spacing empty")
     return shape
+
+# %% ../nbs/10_transforms.ipynb #5a1b1004
+class OneSlice(MapTransform, InvertibleTransform):
+    "A volume of one slice as a picture; everything else as it is"
+    def __init__(self): super().__init__(["image", "mask"], allow_missing_keys=True)
+
+    def __call__(self, data:dict[str, MetaTensor])->dict[str, MetaTensor]:
+        d, shape = dict(data), tuple(data["image"].shape[1:])
+        if len(shape) != 3 or shape.count(1) != 1: return d
+        axis = shape.index(1)
+        kept = [i for i in range(3) if i != axis]
+        for k in self.key_iterator(d):
+            x = d[k]
+            y = x.as_tensor().squeeze(axis + 1)   # (C, *S), one of them 1 -> (C, H, W)
+            meta = x.meta | dict(affine=x.affine[:, [*kept, axis, 3]])   # what is left out comes last
+            if "spacing" in meta: meta["spacing"] = tuple(meta["spacing"][i] for i in kept)
+            y = MetaTensor(y, meta=meta, applied_operations=x.applied_operations)
+            d[k] = self.push_transform(y, orig_size=shape, extra_info=dict(axis=axis))
+        return d
+
+    def inverse(self, x:MetaTensor)->MetaTensor:
+        "The picture as the slice that it was"
+        axis = self.pop_transform(x)["extra_info"]["axis"]
+        order = [0, 1]
+        order.insert(axis, 2)
+        y = x.as_tensor().unsqueeze(axis + 1)   # (C, H, W) -> (C, *S)
+        meta = x.meta | dict(affine=x.affine[:, [*order, 3]])
+        return MetaTensor(y, meta=meta, applied_operations=x.applied_operations)
 
 # %% ../nbs/10_transforms.ipynb #e5144d16
 _resize = lru_cache(maxsize=64)(lambda shape, mode: Resize(shape, mode=mode))   # scans of one cohort often share a shape
@@ -179,7 +218,7 @@ class Flatten(MapTransform, InvertibleTransform):
 UNDO: dict[str, Callable] = dict(   # name of a step -> its inverse
     Orientation=lambda x: Orientation("RAS", labels=None).inverse(x), Resize=lambda x: Resize(1).inverse(x),
     SpatialPad=lambda x: SpatialPad(1).inverse(x), SpatialCrop=lambda x: SpatialCrop(roi_start=(0,), roi_end=(1,)).inverse(x),
-    Flatten=lambda x: Flatten().inverse(x))
+    Flatten=lambda x: Flatten().inverse(x), OneSlice=lambda x: OneSlice().inverse(x))
 
 def from_grid(
     amap:torch.Tensor,  # (1, *S) on the detector's grid
@@ -254,8 +293,9 @@ def mri_steps(cfg:MRIConfig, learned:Any=None)->list[Callable]:
 
 # %% ../nbs/10_transforms.ipynb #e58bff2e
 def _body(x:MetaTensor)->np.ndarray:
-    axial = int(np.abs(np.asarray(x.affine)[2, :3]).argmax()) if x.meta.get("oriented") and x.ndim == 4 else -1
-    return body_mask(x.numpy(), axial)
+    steps = np.asarray(x.affine)[:3, :3]
+    feet = int(np.abs(steps[2] / np.linalg.norm(steps, axis=0)).argmax())   # the axis that runs from head to feet
+    return body_mask(x.numpy(), feet if x.meta.get("oriented") and x.ndim == 4 else -1)
 
 class Windows(MapTransform):
     "One channel per window, [0, 1]"
@@ -343,8 +383,13 @@ def check_fit(
 )->None:
     "Raise when a scan or its mask is not what the preset needs"
     name, need = scan.meta["source"], f"the {cfg.preset} preset"
-    if scan.ndim - 1 != cfg.spatial_dims: raise DataError(f"{need} needs {cfg.spatial_dims} spatial axes, {name} has {scan.ndim - 1} "
-        f"{tuple(scan.shape[1:])}; set spatial_dims={scan.ndim - 1}")
+    n, shape = cfg.spatial_dims, tuple(scan.shape[1:])
+    one_slice = n == 2 and len(shape) == 3 and shape.count(1) == 1   # is a picture
+    if len(shape) != n and not one_slice:
+        volumes = f"set spatial_dims={len(shape)}"
+        if cfg.preset == "histopathology": volumes = "use another preset for volumes"
+        raise DataError(f"{need} needs {n} spatial axes, {name} has {len(shape)} {shape}; {volumes}"
+                        + (", or save the slice that is meant as a file of its own" if n == 2 else ""))
     takes = PRESETS[cfg.preset].takes
     if len(scan) not in (takes or (1, cfg.channels)): raise DataError(f"{need} needs {takes[0] if takes else cfg.channels} channel(s), "
         f"{name} has {len(scan)}; {'convert it' if takes else f'set channels={len(scan)} or convert it'}")
@@ -362,7 +407,8 @@ class Pipeline:
     "The steps of a preset and what they learned; small, so that it can go to a worker process"
     def __init__(self, cfg:TransformConfig, learned:Any=None):
         self.cfg, self.learned = cfg, learned
-        self.steps = PRESETS[cfg.preset].steps(cfg, learned)   # MONAI's `Compose(preset.steps)` runs them too
+        steps = PRESETS[cfg.preset].steps(cfg, learned)
+        self.steps = [*[OneSlice()] * (cfg.spatial_dims == 2), *steps]   # MONAI's `Compose(preset.steps)` runs them too
 
     def run(self, scan:MetaTensor, mask:torch.Tensor|None, steps:list[Callable])->dict[str, MetaTensor]:
         "Some of the steps, on a copy"
@@ -417,6 +463,7 @@ class Preset(Learner):
         x = d["image"]
         if len(x) < self.cfg.channels: x = x.expand(self.cfg.channels, *x.shape[1:])
         x.meta |= dict(unit=PRESETS[self.cfg.preset].unit, spacing=voxel_size(x))
+        x.meta.pop("aspect", None)   # its pixels are square now
         return x, d.get("mask")
 
     def augment(self, x:torch.Tensor, mask:torch.Tensor|None, rng:np.random.Generator)->tuple[torch.Tensor, torch.Tensor|None]:

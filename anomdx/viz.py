@@ -132,7 +132,8 @@ def pixel_mm(
 )->tuple[float, float]|None:  # height and width of a drawn pixel
     "Millimetres per row and per column of the drawn plane, or None when nobody knows"
     meta, affine = getattr(x, "meta", None) or {}, known_affine(x)
-    if affine is None and all(s == 1 for s in meta.get("spacing", ())): return None
+    drawn = meta.get("spacing", ())[:2]   # of rows and columns
+    if affine is None and not (len(drawn) and np.isfinite(drawn).all()): return None
     size = np.linalg.norm(np.asarray(x.affine, float)[:3], axis=0)                # follows every crop and resize
     right, front, _ = body_axes(affine)
     return (float(size[front]), float(size[right])) if affine is not None else (float(size[0]), float(size[1]))
@@ -181,7 +182,7 @@ def show_scan(
     plane, mm = to_plane(x, index, affine), pixel_mm(x)
     lo, hi = window or (float(to_numpy(x).min()), float(np.percentile(to_numpy(x), 99.8)))
     if plane.ndim == 3: plane = ((plane - lo) / max(hi - lo, 1e-9)).clip(0, 1)
-    draw(ax, plane, cmap="gray", vmin=lo, vmax=hi, aspect=mm[0] / mm[1] if mm else 1)
+    draw(ax, plane, cmap="gray", vmin=lo, vmax=hi, aspect=mm[0] / mm[1] if mm else meta.get("aspect", 1))
     if notes: annotate(ax, mm, affine is not None, f"{lo:.3g} to {hi:.3g} {meta['unit']}" if unit and meta.get("unit") else "")
     ax.set_axis_off(); ax.set_title(title, fontsize=9)
     return ax.figure
