@@ -81,6 +81,7 @@ class Manners:
     bandwidth:float|None=None       # bytes/s of one connection; None: what the machine gives
     etag:str="auto"                 # of every file; 'auto': one of its own for each; '': none
     ranges:bool=True                # False: whole files only
+    suffix:int=206                  # how bytes=-N, the last N bytes, is answered: 206 serves it, 200 sends all, 416 and others refuse
     faults:dict[str, float]=field(default_factory=dict)  # kind of FAULTS, or a status such as '503' -> how probable, for files
     api_faults:dict[str, float]=field(default_factory=dict)  # a status -> how probable, for the calls of Kaggle and Hugging Face
     most:int|None=None              # faults in all; None: no end to them
@@ -223,7 +224,10 @@ def answer_file(
     fault = server.draw(m.faults)
     if fault.isdigit(): return xml_error(int(fault), "Fault", **{"Retry_After": m.retry_after} if fault in ("429", "503") else {})
     etag = '"changed"' if fault == "changed" else f'"{zlib.crc32(name.encode()):08x}-{body.size}"' if m.etag == "auto" else m.etag
-    span = parse_range(asked.headers.get("range", ""), body.size) if m.ranges and fault != "no-range" else None
+    wanted = asked.headers.get("range", "")
+    if m.suffix not in (200, 206) and wanted.startswith("bytes=-"): return xml_error(m.suffix, "InvalidRange")
+    if m.suffix == 200 and wanted.startswith("bytes=-"): wanted = ""
+    span = parse_range(wanted, body.size) if m.ranges and fault != "no-range" else None
     if asked.headers.get("if-range", etag) != etag: span = None
     if span and span[0] >= body.size: return xml_error(416, "InvalidRange", Content_Range=f"bytes */{body.size}")
     start, stop = span or (0, body.size)
