@@ -97,6 +97,7 @@ def belongs(f:Path, there:set[Path])->bool:
 # %% ../nbs/06_datasets.ipynb #c6e5451c
 def scans_below(
     folder:str|Path,
+    allow:Sequence[str]=(),   # as for load_scan
 )->Found:
     "Every scan in a tree, and a count of every other file"
     root, (files, odd), passed = Path(folder), list_files(folder), Counter()
@@ -109,7 +110,8 @@ def scans_below(
     there, plain = {*scans}, {}
     rest = [f for f in files if f not in there and not belongs(f, there)]
     kinds = {f: kind for f, _, kind in read_headers(rest)}
-    series = find_series(root) if set(kinds.values()) - {"not DICOM"} else SeriesList([], root, {}, [])
+    dicom = set(kinds.values()) - {"not DICOM"}
+    series = find_series(root, tuple(allow)) if dicom else SeriesList([], root, {}, [])
     used = {f for s in series for f in s.files}
     others = {f: kind for kind, found in series.others.items() for f in found if f in kinds}
     for f in (f for f in rest if f not in used):
@@ -136,7 +138,7 @@ def folder_rows(
 )->tuple[pd.DataFrame, dict[str, str]]: # texts: path, label, and of DICOM patient and modality; and the refused series
     "The scans of a folder pair or of a DICOM tree; attrs['passed'] counts by kind what is not read"
     pair = [name for name in ("healthy", "anomalous") if (Path(folder)/name).is_dir()]
-    files, series, passed = scans_below(folder)
+    files, series, passed = scans_below(folder, allow)
     scans, images = [os.path.relpath(f, folder) for f in files], sum(len(s.files) for s in series)
     rows, refused = dicom_rows(folder, allow, series)
     if len(pair) == 1 or not pair and (len(scans) > images or rows.empty and not refused):
@@ -190,8 +192,8 @@ def read_table(
 )->ScanTable: # attrs["refused"]: DICOM series that were refused; attrs["passed"]: what else was not read
     "The ScanTable of a source; paths in a CSV are relative to the CSV's folder"
     rows, folder, refused = read_rows(path := Path(source), suffix, lesion, allow)
-    if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
     passed = rows.attrs.get("passed", {})
+    if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
     tell(path, passed)
     if rows.empty and "path" in rows:
         held = ", only series that are refused" if refused else ""
