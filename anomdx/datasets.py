@@ -113,7 +113,8 @@ def scans_below(
     there, plain = {*scans}, {}
     rest = [f for f in files if f not in there and not belongs(f, there)]
     kinds = {f: kind for f, _, kind in read_headers(rest)}
-    series = find_series(root, tuple(allow)) if set(kinds.values()) - {"not DICOM"} else SeriesList([], root, {}, [])
+    dicom = set(kinds.values()) - {"not DICOM"}
+    series = find_series(root, tuple(allow)) if dicom else SeriesList([], root, {}, [])
     used = {f for s in series for f in s.files}
     others = {f: kind for kind, found in series.others.items() for f in found if f in kinds}
     for f in (f for f in rest if f not in used):
@@ -266,9 +267,9 @@ def read_table(
 )->ScanTable: # .attrs: told, how the source was understood; refused, DICOM series; passed, how much else was not read, by kind
     "The ScanTable of a source; paths in a CSV are relative to its folder"
     rows, folder, refused = read_rows(path := Path(source), suffix, lesion, allow)
+    passed = rows.attrs.get("passed", {})
     rows, told = known_rows(rows, folder, path, labelled=not (healthy or anomalous))
     if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
-    passed = rows.attrs.get("passed", {})
     tell(path, passed)
     if rows.empty and "path" in rows:
         held = ", only series that are refused" if refused else ""

@@ -182,7 +182,7 @@ def safe_name(name: str) -> bool:
     return not ((".." in name or "__MACOSX" in name) and {"..", "__MACOSX"} & set(name.split("/")))
 
 # %% ../nbs/30_streaming.ipynb #557e8fb7
-PICTURES = (".png", ".jpg", ".jpeg") # in lower case
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp") # in lower case, as in anomdx.loaders
 
 @dataclass
 class ZipIndex:
