@@ -10,8 +10,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-# name     ONEDNN_MAX_CPU_ISA  ATEN_CPU_CAPABILITY  OMP_NUM_THREADS  what else decides (-: leave the library its own choice)
 # MKL grants PyTorch no more threads than there are cores, unless MKL_DYNAMIC=FALSE; old: MKL, NumPy and its OpenBLAS as without AVX.
+# name     ONEDNN_MAX_CPU_ISA  ATEN_CPU_CAPABILITY  OMP_NUM_THREADS  what else decides (-: leave the library its own choice)
 ROWS="
 old        SSE41               default              1                MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem NPY_DISABLE_CPU_FEATURES=X86_V3
 avx2       AVX2                avx2                 2                -
