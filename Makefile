@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip install -q --progress-bar off --disable-pip-version-
 # one thread for each of the JOBS processes: more of them only wait for each other
 RUN := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: demo test export docs clean help
+.PHONY: demo test processors export docs clean help
 .NOTPARALLEL:
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
 demo: $(BIN)/.base  ## install the package, then the whole job on made data in about two minutes
 	@$(BIN)/anomdx demo
@@ -32,6 +32,9 @@ test: $(BIN)/.dev  ## all that CI checks: notebooks clean and exported, their te
 	else echo "smalldocs needs Python 3.11 or later: the site is not built here."; fi
 	@echo "== pytest (its tests/test_notebooks.py is what nbdev_test just did)"
 	@$(RUN) pytest -q --ignore tests/test_notebooks.py -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=85 --durations=5
+
+processors: $(BIN)/.dev  ## the tests on the arithmetic of other processors, about an hour; one row: make processors ROWS=old
+	@PYTHON="$(abspath $(BIN))/python" JOBS=$(JOBS) tools/processors.sh $(ROWS)
 
 export: $(BIN)/.dev  ## clean the notebooks, export them to anomdx/, write README.md
 	@$(RUN) nbdev_clean

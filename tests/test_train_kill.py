@@ -112,29 +112,32 @@ def assert_same_run(a, b, **tolerance):
 
 
 def test_killed_run_ends_with_the_same_weights(data, processes, tmp_path):
-    whole, killed, rng, cfg = tmp_path/"whole", tmp_path/"killed", random.Random(0), dict(epochs=6, save_every=3)
+    whole, killed, rng, cfg = tmp_path/"whole", tmp_path/"killed", random.Random(0), dict(epochs=6, save_every=3)   # 60 steps
 
-    def run_until(folder, seconds=60.):
-        "Train in a process of its own and kill it after `seconds` of training; the process and how long it trained"
+    def at(folder):
+        "Epoch, batch and step of the last checkpoint"
+        kept = (folder/"checkpoints"/"last"/"state.pt").is_file()
+        return [read_checkpoint(folder)["progress"][k] if kept else 0 for k in ("epoch", "batch", "step")]
+
+    def run_until(folder, step=1000):
+        "Train in a process of its own, and kill it some milliseconds after its checkpoint of `step`; its exit code"
         here, there = processes.Pipe()
         with running(processes, train, Noisy, data, folder, ready=there, **cfg) as child:
-            assert here.poll(60)
-            started = time.perf_counter()
-            while child.is_alive() and time.perf_counter() < started + seconds:
+            assert here.poll(600)
+            while child.is_alive() and at(folder)[2] < step:
                 check_files(folder)
                 time.sleep(.005)
+            time.sleep(rng.uniform(0, .03))   # in the middle of anything
         check_files(folder)
-        return child.exitcode, time.perf_counter() - started
+        return child.exitcode
 
-    code, seconds = run_until(whole)
-    assert code == 0
+    assert run_until(whole) == 0
     places = []
-    for _ in range(5):
-        if run_until(killed, rng.uniform(0, .35) * seconds)[0] == 0: break
-        at = read_checkpoint(killed)["progress"] if (killed/"checkpoints"/"last"/"state.pt").is_file() else dict(epoch=0, batch=0)
-        places.append((at["epoch"], at["batch"]))
-    print(f"{seconds:.1f} s alone; killed {len(places)} times, went on from (epoch, batch)", places)
-    assert run_until(killed)[0] == 0 and len(places) >= 2
+    for _ in range(4):
+        code = run_until(killed, at(killed)[2] + rng.randint(1, 6))   # counted in steps, so that a slow machine is killed as often
+        if code != 0: places.append(tuple(at(killed)[:2]))
+    print(f"killed {len(places)} times, went on from (epoch, batch)", places)
+    assert run_until(killed) == 0 and len(places) >= 2
     (rows, again), rng_a, rng_b = assert_same_run(whole, killed, rtol=0, atol=0)
     assert rows == again and len(rows) == 6
     torch.testing.assert_close(rng_a, rng_b, rtol=0, atol=0)
@@ -157,11 +160,11 @@ def test_two_processes_train_like_one(data, pictures, kind, processes, tmp_path)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with running(processes, train, Plain, data, tmp_path/"one", epochs=2) as child: child.join(60)
+    with running(processes, train, Plain, data, tmp_path/"one", epochs=2) as child: child.join(600)
     with running(processes, train_one_of_two, 0, port, Plain, data, tmp_path/"two", epochs=2) as a, \
          running(processes, train_one_of_two, 1, port, Plain, data, tmp_path/"two", epochs=2) as b:
-        a.join(60)
-        b.join(60)
+        a.join(600)
+        b.join(600)
     assert (a.exitcode, b.exitcode) == (0, 0)
     (rows, again), _, both = assert_same_run(tmp_path/"one", tmp_path/"two", rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose([r["val_loss"] for r in rows], [r["val_loss"] for r in again], rtol=1e-4)
