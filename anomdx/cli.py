@@ -98,7 +98,7 @@ def checked(
     if copies and table is not None and in_archive(table): raise ConfigError("--copies reads every image, and these lie in an archive; give it a table of files")
     if copies and table is not None: check_duplicates(table)
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
-    odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unlisted") and n]
+    odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unread", "unlisted") and n]
     return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {'but ' + ', '.join(odd) if odd else 'nothing to object to'}"
 
 # %% ../nbs/80_cli.ipynb #8eb981f5

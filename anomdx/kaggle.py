@@ -10,8 +10,9 @@ __all__ = ['log', 'REDIRECTS', 'BUSY', 'ENDPOINTS', 'NIH_KAGGLE', 'NIH_HF', 'TEX
            'find_hf_token', 'hf_refusal', 'hf_address', 'hf_link', 'stage_names', 'kaggle_links', 'kaggle_source',
            'hf_source', 'download', 'unpacked', 'Place', 'near_file', 'near_link', 'stage_of', 'local_place',
            'remote_place', 'sibling', 'NIH', 'find_place', 'find_texts', 'open_nih', 'entry_rows', 'years', 'box_rows',
-           'checksums', 'member_rows', 'Joined', 'join_members', 'nih_splits', 'nih_report', 'with_numbers',
-           'nih_table', 'KaggleStreamClient', 'Check', 'answered', 'check_kaggle', 'check_hf', 'check_credentials']
+           'checksums', 'unread_pictures', 'member_rows', 'Joined', 'join_members', 'nih_splits', 'nih_report',
+           'with_numbers', 'nih_table', 'KaggleStreamClient', 'Check', 'answered', 'check_kaggle', 'check_hf',
+           'check_credentials']
 
 # %% ../nbs/31_kaggle.ipynb #23979b9d
 import base64
@@ -22,6 +23,7 @@ import os
 import re
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -39,7 +41,7 @@ from .config import ConfigError, close_match
 from .datasets import LeakError, drawn, split_patients
 from .loaders import DataError, keyed_hash
 from .sources import Link, StreamError, plain_url, retry_after
-from .streaming import Archive, open_archive
+from .streaming import PICTURES, Archive, is_meant, obstacles, open_archive
 from .tables import ScanTable
 
 # %% ../nbs/31_kaggle.ipynb #7670c220
@@ -511,11 +513,16 @@ def find_texts(
     places: list[Place],  # the last is asked first
 ) -> dict[str, bytes]: # in the names of TEXTS, those that there are
     "The texts, inside the archive or beside it"
-    ids, found = archive.select(suffix=(".csv", ".txt")), {}
-    inside = {n.rpartition("/")[2]: int(j) for j, n in zip(ids, archive.index.names(ids))}
+    found, everything = {}, np.arange(len(archive))
+    ids = everything[[n.lower().endswith((".csv", ".txt")) for n in archive.index.each_name()]]
+    why = obstacles(archive.index, ids)
+    inside = {n.rpartition("/")[2]: int(j) for j, n in zip(ids, archive.index.names(ids)) if int(j) not in why}
+    closed = {n.rpartition("/")[2]: why[int(j)] for j, n in zip(ids, archive.index.names(ids)) if int(j) in why}
     for kind, name in ((k, n) for k, names in TEXTS.items() for n in names):
         if kind in found: continue
         data = archive.read(inside[name]) if name in inside else next((d for p in places[::-1] if (d := p.near(name)) is not None), None)
+        if data is None and name in closed: raise DataError(f"{archive.name} has {name}, but it is {closed[name]}, which is not read; "
+            "unpack it and lay it beside, or say where it is with texts=")
         if data is not None: found[kind] = unpacked(data, name)
     return found
 
@@ -596,11 +603,21 @@ def checksums(
     return texts
 
 # %% ../nbs/31_kaggle.ipynb #a9ec40c1
+def unread_pictures(nih: NIH) -> dict[str, str]: # image -> why
+    "The pictures that are there and cannot be read, of the stages that were asked for"
+    index = nih.archive.index
+    ids = np.flatnonzero([is_meant(n, PICTURES, "") for n in index.each_name()])
+    why = obstacles(index, ids)
+    rows = member_rows(nih, np.array(sorted(why), np.int64))
+    return {image: why[j] for image, j in zip(rows.image, rows.member.tolist())}
+
 def member_rows(
     nih: NIH,
+    ids: np.ndarray | None = None, # None: all that can be read
 ) -> pd.DataFrame: # image, member, stage, path, checksum
     "The pictures that are there, of the stages that were asked for"
-    archive, ids = nih.archive, nih.archive.select()
+    archive = nih.archive
+    ids = archive.select() if ids is None else ids
     names, at = archive.index.names(ids), np.searchsorted(archive.firsts, ids, side="right") - 1   # which of the joined archives
     stages = [(nih.parts[k] if nih.parts else "") or stage_of(n) for k, n in zip(at, names)]
     members = pd.DataFrame({"image": [n.rpartition("/")[2] for n in names], "member": ids, "stage": stages,
@@ -615,22 +632,25 @@ class Joined(NamedTuple):
     extra: list[str]         # there, not listed
     duplicates: list[str]    # listed or there twice
     conflicting: list[str]   # listed twice, with different findings
+    unread: dict[str, str]   # there, but not read -> why
 
 def join_members(
     rows: pd.DataFrame,  # of `entry_rows`
     nih: NIH,
 ) -> Joined:
     "The entries with the member that each is"
-    members = member_rows(nih)
+    members, unread = member_rows(nih), unread_pictures(nih)
     twice = {*rows.image[rows.image.duplicated()], *members.image[members.image.duplicated()]}
     differ = rows[rows.image.duplicated(keep=False)].groupby("image").finding.nunique()
     rows, members = rows.drop_duplicates("image"), members.drop_duplicates("image")
     joined = rows.merge(members, on="image", how="left", sort=False)
     absent = joined.member.isna()
+    unread = {image: why for image, why in unread.items() if image not in set(members.image)}
     spans = members.groupby("stage").image.agg(["min", "max"]).itertuples(index=False) if nih.stages else [("", "~")]
     due = np.any([joined.image.between(*s) for s in spans] or [absent & False], axis=0)   # of some stages, what lies between their first and last
     fits = joined[~absent].astype({"member": "int64"}).reset_index(drop=True)
-    return Joined(fits, joined.image[absent & due].tolist(), members.image[~members.image.isin(rows.image)].tolist(), sorted(twice), differ.index[differ > 1].tolist())
+    missing = joined.image[absent & due & ~joined.image.isin(list(unread))].tolist()
+    return Joined(fits, missing, members.image[~members.image.isin(rows.image)].tolist(), sorted(twice), differ.index[differ > 1].tolist(), unread)
 
 # %% ../nbs/31_kaggle.ipynb #b3af63b2
 def nih_splits(
@@ -663,10 +683,11 @@ def nih_report(
     strict: bool,      # raise if anything does not fit
 ) -> dict[str, object]: # place, contamination, and counts; kept in the table's attrs
     "What did not fit, as one line in the log and as numbers"
-    counts = {k: len(getattr(joined, k)) for k in ("missing", "extra", "duplicates", "conflicting")} | {"unlisted": unlisted}
+    counts = {k: len(getattr(joined, k)) for k in ("missing", "extra", "duplicates", "conflicting", "unread")} | {"unlisted": unlisted}
     names = dict(missing="are listed but not there", extra="are there but not listed", duplicates="are listed or there twice",
-                 conflicting="are listed twice with different findings, so nothing is known about them", unlisted="are on neither official list")
-    found = [f"{counts[k]} pictures {text}" + "".join(f" ({n})" for n in getattr(joined, k, [])[:1]) for k, text in names.items() if counts[k]]
+                 conflicting="are listed twice with different findings, so nothing is known about them", unread=f"are there but cannot be read: {', '.join(f'{n} {why}' for why, n in Counter(joined.unread.values()).most_common())}",
+                 unlisted="are on neither official list")
+    found = [f"{counts[k]} pictures {text}" + "".join(f" ({n})" for n in list(getattr(joined, k, []))[:1]) for k, text in names.items() if counts[k]]
     if found and strict: raise DataError(f"{place}: {'; '.join(found)}; complete it, or leave strict off to go on with the {len(joined.rows)} that fit")
     (log.warning if found else log.info)("%s: %d pictures of %d patients%s", place, len(joined.rows), joined.rows.patient.nunique(), "; " + "; ".join(found) if found else "")
     return dict(place=place, contamination=CONTAMINATION, **counts)

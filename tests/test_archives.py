@@ -81,7 +81,7 @@ def zipfile_reads(data):
     "What the standard library finds, by place in the archive's directory; None where it takes a random comment for an end"
     try: z = zipfile.ZipFile(io.BytesIO(data))
     except zipfile.BadZipFile: return None
-    return [(i.filename, z.open(i).read()) for i in z.infolist()]
+    return [(i.filename.replace("\\", "/"), z.open(i).read()) for i in z.infolist()]
 
 
 def is_harmless(name):
