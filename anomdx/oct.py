@@ -12,6 +12,7 @@ __all__ = ['E2E_ENTRY', 'MM_PER_DEGREE', 'OCT_SUFFIXES', 'OCTVolume', 'oct_spaci
 # %% ../nbs/01_oct.ipynb #4ddf126a
 import importlib
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,6 +168,21 @@ def oct_library(name:str, path:str|Path)->ModuleType:
     try: return importlib.import_module(name)
     except ImportError: raise LoadError(f"{path} needs {name.split('.')[0].replace('_', '-')}, which cannot be imported; pip install 'anomdx[oct]'") from None
 
+# %% ../nbs/01_oct.ipynb #7c1e5a02
+def check_stored(
+    path:str|Path,
+    n:int,              # B-scans
+    height:int,         # pixels
+    width:int,          # pixels
+    pixel:float,        # bytes that each takes at least
+    stored:int,         # bytes that there are for them
+    head:int=0,         # bytes of each B-scan beside its pixels
+)->None:
+    "Refuse a file whose bytes cannot hold the B-scans that its header says it holds"
+    if min(n, height, width) < 1 or n * (height * width * pixel + head) > stored:
+        raise LoadError(f"{path} says it holds {n} B-scans of {height} × {width} pixels, which {stored} bytes cannot hold; copy or download it again")
+
+
 # %% ../nbs/01_oct.ipynb #08f9e708
 def cut_identity(
     data:bytes,       # a .vol file
@@ -188,6 +204,9 @@ def read_vol(path:Path)->list[OCTVolume]:
     with reading(path, "a Heidelberg .vol"):
         data, patient = cut_identity(path.read_bytes(), layout)
         if data[:4] not in (b"HSF-", b"ep-v"): raise LoadError(f"{path} is no Heidelberg .vol: it starts otherwise; give a .vol exported from HEYEX")
+        if len(data) < 2048: raise EOFError("its header is cut")
+        width, n, height = (int(v) for v in np.frombuffer(data, "<u4", 3, 12))
+        check_stored(path, n, height, width, 4, len(data) - 2048, head=256)
         d = layout.parse(data)
         step, finding = scan_lines([(b.start_x, b.start_y) for b in d.bscans], [(b.end_x, b.end_y) for b in d.bscans])
         if d.scan_pattern in (2, 5): finding = f"{'circular' if d.scan_pattern == 2 else 'radial'} scans"
@@ -245,6 +264,9 @@ def read_e2e(path:Path)->list[OCTVolume]:
         data = path.read_bytes()
         if data[:21] == b"E2EMultipleVolumeFile": data = data[64:]
         entries = e2e_entries(data, layout)
+        pictures = entries[(entries["type"] == 1073741824) & (entries["ind"] == 1)]
+        if pictures["size"].sum(dtype=np.int64) > len(data): raise LoadError(f"{path} says it holds more B-scans than its {len(data)} bytes can hold; "
+            "copy or download it again")
         series = list(zip(*[entries[k].tolist() for k in ("patient", "study", "series")]))
         has_oct = {key for key, kind, ind in zip(series, entries["type"], entries["ind"]) if kind == 1073741824 and ind == 1}
         item = lambda e: layout.datacontainer_format.parse(data[e["start"]:e["start"] + 60 + e["size"]]).item
@@ -279,9 +301,11 @@ def topcon_bscans(
     (raw,), places = chunks[name], []
     if name != "@IMG_JPEG":
         head = layout.oct_header_2.parse(raw[:22])
+        check_stored(path, head.number_slices, head.height, head.width, 2, len(raw) - 22)
         x = np.frombuffer(raw, "<u2", head.number_slices * head.height * head.width, 22).reshape(head.number_slices, head.height, head.width)
         return head.scan_mode, [partial(np.asarray, b) for b in x]
     head, i = layout.oct_header.parse(raw[:25]), 25
+    check_stored(path, head.number_slices, head.height, head.width, 0, len(raw) - 25, head=5)
     for _ in range(head.number_slices):
         size, i = int.from_bytes(raw[i:i + 4], "little"), i + 4
         if not 0 < size <= len(raw) - i: raise EOFError("a picture is cut")
@@ -315,9 +339,12 @@ def read_optovue(path:Path)->list[OCTVolume]:
     "The volume of an Optovue .oct with a .txt of the same name. Source: oct_converter.readers.poct (MIT)"
     readers = oct_library("oct_converter.readers", path)
     with reading(path, "an Optovue .oct"):
-        volumes = readers.POCT(path).read_oct_volume()
-        if len(volumes) != 1 or sum(b.nbytes for b in volumes[0].volume) != path.stat().st_size:
+        reader = readers.POCT(path)
+        reader._read_filespec()   # fills scan_info; read_oct_volume() would believe it
+        sizes = [(v["number"], v["height"], v["length"]) for v in reader.scan_info]
+        if len(sizes) != 1 or min(sizes[0]) < 1 or 4 * math.prod(sizes[0]) != path.stat().st_size:
             raise LoadError(f"{path} does not hold the one volume that its .txt describes; export one scan, with its .txt beside it")
+        volumes = reader.read_oct_volume()
         return [OCTVolume([partial(np.asarray, b) for b in volumes[0].volume], oct_spacing() | dict(laterality=volumes[0].laterality or "", unit="a.u."))]
 
 # %% ../nbs/01_oct.ipynb #a84d4701
