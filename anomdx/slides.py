@@ -79,6 +79,22 @@ class Slide:
         if os.getpid() not in self.handles: self.handles[os.getpid()] = open_handle(self.path, (self.engine,))[1]
         return self.handles[os.getpid()]
 
+# %% ../nbs/02_slides.ipynb #7c1e5a04
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+def check_tiles(path:str|Path)->None:
+    "Refuse a TIFF whose tiles do not lie in the file: OpenSlide takes the memory that a header asks for, and aborts the process where there is none"
+    with open(path, "rb") as f: head = f.read(4)
+    if head not in TIFF_STARTS: return
+    size = Path(path).stat().st_size
+    with tiff(path).TiffFile(path) as f:
+        for page in f.pages:
+            places, lengths = (np.asarray(v, dtype=object) for v in (page.dataoffsets, page.databytecounts))
+            if len(places) != len(lengths): raise LoadError(f"{path} has {len(places)} tiles and {len(lengths)} lengths for them; copy or download it again")
+            end = max((int(o) + int(n) for o, n in zip(places, lengths)), default=0)
+            if end > size or min(map(int, lengths), default=0) < 0:
+                raise LoadError(f"{path} has {size} of {end} bytes; copy or download it again")
+
 # %% ../nbs/02_slides.ipynb #0d565292
 ENGINES = dict(openslide="OpenSlide", tiffslide="TiffSlide")
 
@@ -93,6 +109,7 @@ def open_handle(
         except (ImportError, OSError): continue   # OSError: its Python half is there, its library is not
         with reading(path, "a whole-slide image"):
             if opener.detect_format(path):
+                check_tiles(path)
                 handle = opener(path)
                 if name == "openslide": handle.set_cache(import_module(name).OpenSlideCache(2**24))   # bytes; half its default
                 return name, handle
@@ -116,29 +133,12 @@ def check_sizes(
         if names[0] in properties and math.prod(tile) > 2**24: raise LoadError(f"{slide.path} stores {tile[0]} × {tile[1]} pixels in one piece, "
             "4096 × 4096 are the most; save it as a tiled pyramidal TIFF (vips tiffsave --tile --pyramid)")
 
-# %% ../nbs/02_slides.ipynb #7c1e5a04
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-def check_tiles(slide:Slide)->None:
-    "Refuse a TIFF whose tiles do not lie in the file: OpenSlide takes the memory that a header asks for, and aborts the process where there is none"
-    size = Path(slide.path).stat().st_size
-    with tiff(slide.path).TiffFile(slide.path) as f:
-        for page in f.pages:
-            places, lengths = (np.asarray(v, dtype=object) for v in (page.dataoffsets, page.databytecounts))
-            if len(places) != len(lengths): raise LoadError(f"{slide.path} has {len(places)} tiles and {len(lengths)} lengths for them; copy or download it again")
-            end = max((int(o) + int(n) for o, n in zip(places, lengths)), default=0)
-            if end > size or min(map(int, lengths), default=0) < 0:
-                raise LoadError(f"{slide.path} has {size} of {end} bytes; copy or download it again")
-
-
 # %% ../nbs/02_slides.ipynb #0269158e
 def check_values(
     slide:Slide,
     handle:Any,  # of its engine
 )->None:
     "Refuse what the engines would let pass"
-    with open(slide.path, "rb") as f: head = f.read(4)
-    if head in TIFF_STARTS: check_tiles(slide)
     if handle.properties.get("openslide.vendor") == "generic-tiff":
         with tiff(slide.path).TiffFile(slide.path) as f: bits = f.pages[0].bitspersample
         if bits != 8: raise LoadError(f"{slide.path} holds {bits}-bit values; a slide has 8-bit colour")

@@ -93,6 +93,35 @@ def test_an_iterator_that_is_left_leaves_nothing():
         archive.close()
 
 
+# No last bytes -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("etag", ["auto", "", 'W/"weak"'])
+@pytest.mark.parametrize("status", [200, 400, 405, 416, 500, 501])
+def test_a_server_that_knows_no_suffix_range_is_read_from(status, etag, tmp_path):
+    "It is asked for its last bytes once; the size comes from its first byte, and no whole body is taken"
+    with serving({"images.zip": ARCHIVE}, suffix=status, etag=etag) as server:
+        with open_archive(Link(lambda: server.signed("images.zip")), cache=tmp_path, **QUICK) as archive:
+            assert [archive.read(j) for j in range(0, 40, 7)] == TRUTH[::7]
+            assert archive.source.counts["bytes"] < 1.5 * len(ARCHIVE) and archive.source.counts["retries"] == 0
+            before = archive.source.counts["requests"]
+            assert archive.source.tail(22)[1] == ARCHIVE[-22:] and archive.source.counts["requests"] == before + 2
+
+
+def test_a_server_of_whole_files_is_said_to_be_one():
+    with serving({"images.zip": ARCHIVE}, ranges=False) as server:
+        with pytest.raises(RangeUnsupported, match="does not serve byte ranges .it sent all of"): open_archive(server.url("images.zip"), **QUICK)
+
+
+def test_a_suffix_range_refused_and_a_changed_file():
+    with serving({"images.zip": ARCHIVE}, suffix=416) as server, open_archive(server.url("images.zip"), **QUICK) as archive:
+        server.set(etag='"other"')
+        with pytest.raises(Changed): archive.source.tail(22)
+
+
+def test_an_empty_file_is_said_to_be_empty():
+    with serving({"images.zip": b""}) as server:
+        with pytest.raises(StreamError, match="images.zip is an empty file"): open_archive(server.url("images.zip"), **QUICK)
+
+
 # Slow ------------------------------------------------------------------------------------------------------------------------------
 
 @contextmanager
