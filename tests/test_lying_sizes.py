@@ -15,7 +15,7 @@ LIES = [(0, 16, 2_499_805_187), (24, 0, 2**31), (0, 0, 2**32 - 1), (24, 16, 2**3
 
 @pytest.mark.parametrize("tag", [324, 325])
 @pytest.mark.parametrize("claim", [2**31, 2**32 - 1])
-@pytest.mark.parametrize("packing", [None, "zlib"])
+@pytest.mark.parametrize("packing", ["zlib"])
 def test_a_slide_whose_tiles_lie_outside_the_file(tmp_path, tag, claim, packing):
     "OpenSlide asks for as many bytes as TileByteCounts says, and GLib ends the process where there are none"
     tifffile = pytest.importorskip("tifffile")
