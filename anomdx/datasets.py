@@ -52,6 +52,7 @@ def dicom_rows(
 
 
 # %% ../nbs/06_datasets.ipynb #95e0da33
+MASK_FOLDERS = {"mask", "masks", "label", "labels", "segmentation", "segmentations", "ground_truth"}
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}   # beside hidden files
 
 def file_kind(
@@ -108,7 +109,8 @@ def scans_below(
     written = {at for at in marks if is_written(at)}
     wrote = [f for f in files if not written.isdisjoint(f.parents)]
     litter = [f for f in files if f.name.lower() in LITTER or "__MACOSX" in f.relative_to(root).parts]
-    files = sorted({*files} - {*wrote} - {*litter})
+    masks = [f for f in files if MASK_FOLDERS & {p.lower() for p in f.relative_to(root).parts[:-1]}]
+    files = sorted({*files} - {*wrote} - {*litter} - {*masks})
     scans = [f for f in files if f.name.lower().endswith(SCANS)]
     there, plain = {*scans}, {}
     rest = [f for f in files if f not in there and not belongs(f, there)]
@@ -124,7 +126,7 @@ def scans_below(
         elif kind != DICOMDIR:
             plain[f] = kind
     plain |= {f: kind for kind, found in odd.items() if kind != "hidden" for f in found}
-    plain |= dict.fromkeys(wrote, "written by anomdx")
+    plain |= dict.fromkeys(wrote, "written by anomdx") | dict.fromkeys(masks, "by the name of their folder masks")
     plain |= dict.fromkeys(series.missing, "missing, listed in DICOMDIR")
     for f, kind in plain.items():
         top = f.relative_to(root).parts[:-1][:1] if root in f.parents else ()

@@ -559,6 +559,7 @@ WHOLE = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PlanarConfigur
 SIZES = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "SliceThickness",
     "EstimatedRadiographicMagnificationFactor", "PixelAspectRatio", *WHOLE)   # never negative
 SETTLED = {Tag(name): name for name in (*NUMBERS, *WHOLE)}
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
 PLAIN = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?", re.ASCII)
 
 def plain_numbers(
@@ -571,6 +572,7 @@ def plain_numbers(
         parts = text.split(",")
     parts = [p.strip(" \0\r\n\t") for p in parts]
     if len(parts) != n or not all(PLAIN.fullmatch(p) for p in parts): return None
+    if any(THOUSANDS.fullmatch(p) for p in parts): return None   # '-1,024' may be -1024 or -1.024
     values = [float(p.replace(",", ".")) for p in parts]
     return values if np.isfinite(values).all() else None
 
@@ -1678,7 +1680,7 @@ def value_unit(
 )->str:          # 'HU', a unit of PET such as 'BQML', or 'a.u.'
     "What rescaled values are counted in. Source: DICOM PS3.3 C.8.2.1 and C.8.9.1"
     rescaled = all(numbers(d.get(name), 1) is not None for name in ("RescaleSlope", "RescaleIntercept"))
-    modality, kind = d.get("Modality"), str(d.get("RescaleType") or "HU")
+    modality, kind = str(d.get("Modality") or ""), str(d.get("RescaleType") or "HU")
     if rescaled and modality == "CT" and kind in ("HU", "US"): return "HU"
     return d.Units if rescaled and modality == "PT" and d.get("Units") in PET_UNITS else "a.u."
 
@@ -1686,13 +1688,13 @@ def is_calibrated(
     d:Dataset,   # header of a slice or frame
 )->bool:
     "Whether rescaled values are a physical quantity. Source: DICOM PS3.3 C.11.1 and C.7.6.16.2.11"
-    if d.get("Modality") in PROJECTIONS: return False
+    if str(d.get("Modality") or "") in PROJECTIONS: return False
     lut = (d.get("ModalityLUTSequence") or [{}])[0]
     kinds = {str(v or "").strip().upper() for v in (d.get("RescaleType"), lut.get("ModalityLUTType"))}
     shared, first = ((d.get(f"{name}FunctionalGroupsSequence") or [{}])[0] for name in ("Shared", "PerFrame"))
     if any(h.get("RealWorldValueMappingSequence") for h in (d, shared, first)): return True
     rescaled = lut or any(d.get(name) not in (None, "") for name in ("RescaleSlope", "RescaleIntercept"))
-    return bool(kinds - {"", "US"}) or bool(rescaled) and d.get("Modality") in ("CT", "PT")
+    return bool(kinds - {"", "US"}) or bool(rescaled) and str(d.get("Modality") or "") in ("CT", "PT")
 
 # %% ../nbs/00_loaders.ipynb #36aa197c
 def modality_values(
@@ -1872,7 +1874,8 @@ def read_images(
         if deidentified and (found := sorted({f for _, d in headers for f in identity_findings(d)})): raise LoadError(f"{path} is not de-identified: {'; '.join(found)}")
         frames = slice_headers(headers)
         d, patient = frames[0][1], first_value(headers, "PatientID")
-        meta = dict(unit=value_unit(d), modality=d.get("Modality") if d.get("Modality") in MODALITIES else "", format="dicom", codes=(0, 1), qform=None,
+        modality = str(d.get("Modality") or "")
+        meta = dict(unit=value_unit(d), modality=modality if modality in MODALITIES else "", format="dicom", codes=(0, 1), qform=None,
                     patient=keyed_hash(patient) if patient else "") | series_geometry(headers)
         stack, meta["finite"] = len(meta.pop("shape")) == 3, True
         order, positions, axes = slice_places(frames) if stack else ([0], None, None)

@@ -214,7 +214,8 @@ def test_rows(
     "The labelled rows that a run is judged on"
     if table is None: rows = run.table[run.table.split == "test"]
     else:
-        every = read_table(table)
+        data = run.cfg.data   # masks of another table are read as its own were
+        every = read_table(table, lesion=getattr(data, "lesion", ()), allow=getattr(data, "allow", ()))
         rows = every[every.split == "test"] if (every.split == "test").any() else every
         unknown = int((rows.label < 0).sum())
         unused = {"of other splits than test": len(every) - len(rows), "with an unknown label": unknown}

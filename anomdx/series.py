@@ -146,7 +146,7 @@ def describe_series(
             known = [v for v in geometry.get("spacing", ()) if geometry["oriented"] or v == v]   # a picture may not know its own
             if not all(1e-7 < v < 1e6 for v in known): findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
-    shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), d.get("Modality")
+    shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), str(d.get("Modality") or "")
     return Series(path, hashed("PatientID"), hashed("StudyInstanceUID"), modality if modality in MODALITIES else "", geometry.get("shape", shape),
                   tuple(map(float, geometry.get("spacing", ()))), [p for p, _ in images], findings, note=getattr(images, "note", ""))
 

@@ -307,3 +307,16 @@ def test_modality_lut_takes_stored_values(tmp_path, modality, dark):
     path = picture(tmp_path/"one", Modality=modality, PhotometricInterpretation="MONOCHROME1", **BYTES, RescaleSlope=None,
                    RescaleIntercept=None, ModalityLUTSequence=[lut], PixelData=x.tobytes())
     np.testing.assert_array_equal(load_scan(path)[0], 65535. - table[x] if dark else table[x])
+
+
+def test_a_comma_that_may_stand_for_thousands_is_refused(tmp_path):
+    "-1,024 HU may be -1024 or -1.024"
+    file = rewrite(picture(tmp_path/"a"), ("RescaleIntercept", "DS", b"-1,024"), ("RescaleSlope", "DS", b"1 "))
+    with pytest.raises(LoadError, match="RescaleIntercept.*-1,024"): load_scan(file)
+    assert "-1,024" in find_series(tmp_path/"a")[0].findings[0]
+
+
+def test_a_modality_of_several_values(tmp_path):
+    "It is no modality of the standard, and no reason to stop a whole tree"
+    file = rewrite(picture(tmp_path/"a"), Modality=["MR", "CT"])
+    assert load_scan(file).meta["modality"] == "" == find_series(tmp_path/"a")[0].modality

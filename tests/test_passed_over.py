@@ -223,3 +223,12 @@ def test_the_command_line_says_it_once(capsys, tmp_path, said):
     with pytest.raises(SystemExit) as e:
         main(["config", "check", "chest_xray", f"data.table={tmp_path}", "data.val=.5", "model.name=ae"])
     assert not e.value.code and "but 1 files that are not read" in capsys.readouterr().out
+
+
+def test_masks_beside_scans_are_no_scans(tmp_path, said):
+    for i in range(3):
+        save(tmp_path/"images"/f"{i}.png", i)
+        save(tmp_path/"Masks"/f"{i}.png", i)
+    assert [Path(f).name for f in find_scans([tmp_path])] == ["0.png", "1.png", "2.png"]
+    assert all("images" in f for f in find_scans([tmp_path])) and "3 by the name of their folder masks" in said()[0]
+    assert len(find_scans([tmp_path/"Masks"])) == 3   # asked for by name
