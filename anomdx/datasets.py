@@ -68,7 +68,7 @@ def file_kind(
     nifti = head[344:347] in (b"n+1", b"ni1")
     return "NIfTI without its suffix" if nifti else "without a suffix"
 
-def tell(
+def tell_left_out(
     place:str|Path,         # what was looked at
     passed:Mapping[str, int], # kind -> how many
     what:str="files are not read",
@@ -272,7 +272,7 @@ def read_table(
     passed = rows.attrs.get("passed", {})
     rows, told = known_rows(rows, folder, path, labelled=not (healthy or anomalous))
     if refused: logging.getLogger("anomdx.datasets").warning("%s: %d of %d series are refused: %s", path, len(refused), len(refused) + len(rows), "; ".join(f"{k}: {v}" for k, v in list(refused.items())[:5]))
-    tell(path, passed)
+    tell_left_out(path, passed)
     if rows.empty and "path" in rows:
         held = ", only series that are refused" if refused else ""
         held += ", but what is not read: " * bool(passed)
@@ -505,7 +505,7 @@ def load_table(
     table = read_table(cfg.table, patient_key, cfg.suffix, cfg.healthy, cfg.anomalous, cfg.lesion, cfg.allow)
     table = check_table(split_patients(select_rows(table, cfg.where), cfg.seed, cfg.val, cfg.test, cfg.by))
     table.attrs["unused"] = unused_rows(table)
-    tell(cfg.table, table.attrs["unused"], f"of {len(table)} rows are not used")
+    tell_left_out(cfg.table, table.attrs["unused"], f"of {len(table)} rows are not used")
     return table
 
 def unused_rows(table:ScanTable)->dict[str, int]: # why -> how many

@@ -735,8 +735,8 @@ def read_header(
     d = read_partial(f, at_pixels, force=bare, specific_tags=tags)
     d.behind, d.size = f.tell(), size
     d.pixels = stopped[0] if stopped else None
-    if tags: drop_private(d)
     d.unreadable = settle_header(d)
+    if tags: drop_private(d)
     found = {(True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian}
     if "TransferSyntaxUID" not in d.file_meta:
         d.file_meta.TransferSyntaxUID = found.get(d.original_encoding, ExplicitVRBigEndian)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .audit import Baseline, baseline_arrays, baseline_figures, baselines_from
 from .audit import fit_baselines, score_baselines
 from .config import ConfigError, digest, to_yaml
-from .datasets import LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan, read_table, scan_file, scans_below, table_files, tell
+from .datasets import LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan, read_table, scan_file, scans_below, table_files, tell_left_out
 from .eval import detection_figures, pixel_figures
 from .experiment import Config, create_dataset, create_detector, check_validation, create_table, fitted_preset, load_config, run, run_config, stored_scans
 from .loaders import DataError, atomic_path, keyed_hash, map_suffix, save_map
@@ -219,7 +219,7 @@ def test_rows(
         rows = every[every.split == "test"] if (every.split == "test").any() else every
         unknown = int((rows.label < 0).sum())
         unused = {"of other splits than test": len(every) - len(rows), "with an unknown label": unknown}
-        tell(table, {why: n for why, n in unused.items() if n}, f"of {len(every)} rows are not judged")
+        tell_left_out(table, {why: n for why, n in unused.items() if n}, f"of {len(every)} rows are not judged")
         known = (keep_reference(run).patients or set()) & set(rows.patient)
         if known: raise LeakError(f"{len(known)} patients of {table} are in train or val of {run.folder}, such as {sorted(known)[0]}; remove them from the table")
     rows = select_rows(rows, where)
@@ -309,7 +309,7 @@ def find_scans(
     if not found:
         raise DataError("no scan to score; give files or folders")
     several = len(passed) > 1
-    tell(f"{len(passed)} folders" if several else next(iter(passed), ""),
+    tell_left_out(f"{len(passed)} folders" if several else next(iter(passed), ""),
          {kind + f" of {path}" * several: n for path, kinds in passed.items() for kind, n in kinds.items()})
     return list(dict.fromkeys(found))
 
