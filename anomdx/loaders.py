@@ -671,8 +671,8 @@ VOLUME_TAGS = dict(   # what volumes at the same places may differ in, as it is 
     component=("ComplexImageComponent",), ImageType=("FrameType", "ImageType"), label=("ASLContext",),
     velocity=("VelocityEncodingDirection",),
     cardiac=("NominalPercentageOfCardiacPhase",), respiratory=("NominalPercentageOfRespiratoryPhase",),
-    TriggerTime=("NominalCardiacTriggerDelayTime", "TriggerTime"), TemporalPosition=("TemporalPositionIndex",
-    "TemporalPositionIdentifier"),
+    TriggerTime=("NominalCardiacTriggerDelayTime", "TriggerTime"),
+    TemporalPosition=("TemporalPositionIndex", "TemporalPositionIdentifier"),
     TemporalOffset=("TemporalPositionTimeOffset",), FrameReferenceTime=("FrameReferenceTime",),
     EchoNumber=("EchoNumbers",),
     AcquisitionNumber=("FrameAcquisitionNumber", "AcquisitionNumber"), kernel=("ConvolutionKernel",),
@@ -957,8 +957,8 @@ def mosaic_places(
     count = mosaic_count(d, csa)
     side = math.isqrt(count - 1) + 1
     fit_tiles(d, side, side)
-    place, between, normal = slice_place(d), numbers(d.get("SpacingBetweenSlices"),
-        1), numbers(csa.get("SliceNormalVector"), 3)
+    place, between, normal = (slice_place(d), numbers(d.get("SpacingBetweenSlices"), 1),
+        numbers(csa.get("SliceNormalVector"), 3))
     if place is None:
         raise LoadError("it is a mosaic without a readable position, orientation or pixel spacing")
     if between is None or between[0] <= 0:
@@ -2083,7 +2083,7 @@ def picture_head(
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 def load_scan(
-    path:str|Path,             # a file, a DICOM series' folder, FOLDER#key, FILE.dcm#key or file.npz#key/index
+    path:str|Path,             # a file, a series' folder, FOLDER#key, FILE.dcm#key or file.npz#key/index
     modality:str|None=None,    # 'mri', 'ct', 'chest_xray', …; a DICOM file says it itself. 'ct' also says that NIfTI and NRRD values are HU
     patient:str|None=None,     # whose scan; only its keyed hash is kept
     allow:tuple[str, ...]=(),  # names in `ALLOW` of what to accept

@@ -34,8 +34,7 @@ from .loaders import (PICTURES, LoadError, believe, dicom_header, keyed_hash, re
 class OCTVolume(NamedTuple):
     "One volume of a file: its B-scans, not decoded yet, and what the file says about them"
     bscans: list[Callable[[], np.ndarray]]   # each gives (axial, lateral) raw values
-    # spacing, laterality, unit, patient ('' when the file does not say)
-    meta: dict
+    meta: dict                               # spacing, laterality, unit, patient ('' when not said)
     finding: str = ""                        # why these B-scans are not one volume
 
 # %% ../nbs/01_oct.ipynb #c669a465

@@ -119,9 +119,7 @@ def read_headers(
 # %% ../nbs/05_series.ipynb #329c556f
 class Series(NamedTuple):
     "The files of one scan, named or refused"
-    # for `load_scan`: a file, FILE#key, a folder, FOLDER#key, or FOLDER/**#key when it lies in several
-    # folders
-    path: str
+    path: str                    # for `load_scan`: FILE, FILE#key, FOLDER, FOLDER#key or FOLDER/**#key
     patient: str                 # keyed hash, '' when the files name none
     study: str                   # keyed hash of the StudyInstanceUID: one visit
     modality: str                # 'CT', 'MR', …
@@ -130,8 +128,7 @@ class Series(NamedTuple):
     files: list[Path]            # every file
     findings: list[str]          # why it is refused; empty when it is one regular volume, or one picture
     parts: int = 1               # into how many its SeriesInstanceUID falls: 3 or more for a localizer
-    # which of several volumes it is, such as 'EchoTime 30'; how it was found without an identifier
-    note: str = ""
+    note: str = ""               # which volume, such as 'EchoTime 30'; how it was found without an identifier
 
 # %% ../nbs/05_series.ipynb #45b112ff
 def describe_series(

@@ -82,8 +82,8 @@ def end_record(buf: bytes | bytearray, i: int, start: int, name: str) -> End:
 
 
 # %% ../nbs/30_streaming.ipynb #fd35a7a6
-def find_directory(source: Source, max_bytes: int = 256 << 20) -> tuple[int, bool, int, int,
-        bytes | bytearray]:
+def find_directory(source: Source, max_bytes: int = 256 << 20
+    ) -> tuple[int, bool, int, int, bytes | bytearray]:
     "Stated number of members, whether it is wide (64 bits), bytes glued in front, where the directory begins, and the directory"
     start, buf = source.tail(256 << 10)
     ends = list(end_records(buf, start, source.name))
@@ -259,8 +259,8 @@ def select_members(
 
 # neither a folder nor what macOS adds
 def is_meant(name: str, suffix: str | tuple[str, ...], prefix: str) -> bool:
-    return name.lower().endswith(suffix) and name.startswith(prefix) and name[-1:] not in ("",
-        "/") and "__MACOSX" not in name.split("/")
+    return (name.lower().endswith(suffix) and name.startswith(prefix) and name[-1:] not in ("", "/")
+            and "__MACOSX" not in name.split("/"))
 
 # %% ../nbs/30_streaming.ipynb #2d6e1f06
 log = logging.getLogger("anomdx.streaming")
@@ -268,8 +268,8 @@ log = logging.getLogger("anomdx.streaming")
 def packing(method: int, flags: int) -> str: # '' where it is read
     if flags & 0x2041 or method == 99: return "encrypted"
     if flags & 0x20: return "patches of other files"
-    return "" if method in (0,
-                            8) else f"packed by {METHODS.get(method, 'an unknown method')} (method {method})"
+    return ("" if method in (0, 8)
+            else f"packed by {METHODS.get(method, 'an unknown method')} (method {method})")
 
 def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE,
               max_ratio: int = MAX_RATIO) -> dict[int, str]:
@@ -281,9 +281,9 @@ def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE,
     faults = {"in one place with another member": m["end"] <= m["offset"],
               f"larger than {max_size} bytes": m["size"] > max_size,
               f"packed more than {max_ratio}-fold": (m["size"] > 1 << 20)
-              & (m["size"] // max_ratio > m["packed"]),
+                  & (m["size"] // max_ratio > m["packed"]),
               "named as outside the archive": ~np.fromiter(map(safe_name, index.each_name(ids)),
-              bool, len(ids))}
+                                                           bool, len(ids))}
     for reason, holds in faults.items():
         for j in ids[holds].tolist(): why.setdefault(j, reason)
     return why
