@@ -116,7 +116,9 @@ def test_colours(tmp_path):
     two, one = picture(tmp_path, paint[SPOT], name="two.png"), picture(tmp_path,
         paint[(SPOT == 1).astype(int)], name="one.png")
     assert counts(one, (), (255,), (1,)) == [36, 36, 0] and counts(two, ()) == [84]
-    with pytest.raises(LoadError, match=r"labels in 2 colours, \(0, 200, 0\) \(48 pixels\), \(255, 0, 0\) \(36 pixels\)"): lesion_of(load_mask(two), (255,))
+    with pytest.raises(LoadError, match=r"labels in 2 colours, "
+                       r"\(0, 200, 0\) \(48 pixels\), \(255, 0, 0\) \(36 pixels\)"):
+        lesion_of(load_mask(two), (255,))
     noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
     with pytest.raises(LoadError, match="colours: a picture, not a mask"): load_mask(picture(tmp_path, noise))
     # grey in three channels

@@ -28,6 +28,7 @@ def test_a_release_for_the_oldest_python_is_within_the_bound(wanted):
     try: newest = metadata(wanted.name)
     except PackageNotFoundError: pytest.skip(f"{wanted.name} is not installed")
     if SpecifierSet(newest["Requires-Python"] or "").contains(f"{OLDEST}.99"): return
-    assert wanted.name in LAST, f"{wanted.name} {newest['Version']} wants Python {newest['Requires-Python']}, not {OLDEST}; which release was the last for it?"
+    assert wanted.name in LAST, (f"{wanted.name} {newest['Version']} wants Python {newest['Requires-Python']}, not {OLDEST}; "
+        "which release was the last for it?")
     assert wanted.specifier.contains(
         LAST[wanted.name]), f"{wanted}: the last release for Python {OLDEST} is {LAST[wanted.name]}"
