@@ -1418,7 +1418,7 @@ class Slice(NamedTuple):
     of: int                      # slices in the file
 
 KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE "
-"OUT_PHASE ADC FA TRACEW "
+            "OUT_PHASE ADC FA TRACEW "
             "LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
 
 def tag_text(word:str, value:tuple|None, others:list[tuple|None])->str:
@@ -1611,8 +1611,8 @@ def part_of(own:list[Slice], name:dict[str, str], note:str, faults:dict[str, str
     for s in sorted(own, key=lambda s: (s.path, s.number)): files[s.path, id(s.file)][s.number] = s
     whole = lambda s, of: len(of) == s.of
     first = [(next(iter(of.values())), of) for of in files.values()]
-    header = lambda s, of: s.file if whole(s, of) else shared_file(s.file,
-        {k: x.header for k, x in of.items()})
+    header = lambda s, of: s.file if whole(s, of) else (
+        shared_file(s.file, {k: x.header for k, x in of.items()}))
     return Part([(s.path, header(s, of)) for s, of in first],
                 ", ".join(filter(None, (*name.values(), note))), faults, tuple(name))
 
@@ -1759,7 +1759,7 @@ def stored_frames(
 # %% ../nbs/00_loaders.ipynb #5d1c07e1
 PROJECTIONS = set("CR DG DX IO MG PX RF RG TG XA".split())   # X-ray pictures: their values have no unit
 PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS "
-"PROPCPS MLMINML MLML GML "
+                "PROPCPS MLMINML MLML GML "
     "STDDEV".split())   # C.8.9.1
 
 def value_unit(
