@@ -221,7 +221,8 @@ def left_right_axis(
     n = x.ndim - 1
     if not getattr(x, "meta", {}).get("oriented"): return 2 if n == 2 else 1
     steps = np.asarray(x.affine)[:3, :3]
-    axis = int(np.abs(steps[0] / np.linalg.norm(steps, axis=0)).argmax()) + 1   # a thick slice must not win by its size
+    # a thick slice must not win by its size
+    axis = int(np.abs(steps[0] / np.linalg.norm(steps, axis=0)).argmax()) + 1
     return axis if axis <= n else None
 
 # %% ../nbs/09_anatomy.ipynb #6bb69bcb

@@ -115,7 +115,8 @@ def checked(
     if copies and table is not None: check_duplicates(table)
     check_validation(cfg, table)
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
-    odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items() if what in ("missing", "extra", "duplicates", "conflicting", "unread", "unlisted") and n]
+    odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items()
+           if what in ("missing", "extra", "duplicates", "conflicting", "unread", "unlisted") and n]
     left_out = {"refused": "refused series", "passed": "files that are not read",
                 "unused": "rows that are not used"}
     for key, what in left_out.items() if table is not None else ():

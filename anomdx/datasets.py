@@ -32,7 +32,8 @@ from .loaders import (
 from .oct import OCT_SUFFIXES, load_oct
 from .series import DICOMDIR, SeriesList, find_series, list_files, read_headers
 from .slides import PATCH_PATH, load_patch
-from .tables import SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows, label_rows, name_columns
+from .tables import (SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows,
+                           label_rows, name_columns)
 from .tables import npz_rows, select_rows
 
 # %% ../nbs/06_datasets.ipynb #7cc3df50
@@ -44,7 +45,8 @@ def dicom_rows(
     "The series of a tree that load as one scan each"
     series = find_series(folder, tuple(allow)) if series is None else series
     found = [(os.path.relpath(s.path, folder), s) for s in series]
-    own = lambda path, s: f"scan {scan_file(path) if s.note else path}"   # echoes and time points are of one patient
+    # echoes and time points are of one patient
+    own = lambda path, s: f"scan {scan_file(path) if s.note else path}"
     who = lambda path, s: s.patient or (f"study {s.study}" if s.study else own(path, s))
     rows = [(path, who(path, s), s.modality) for path, s in found if not s.findings]
     refused = {path: "; ".join(s.findings) for path, s in found if s.findings}
@@ -126,7 +128,8 @@ def scans_below(
         elif kind != DICOMDIR:
             plain[f] = kind
     plain |= {f: kind for kind, found in odd.items() if kind != "hidden" for f in found}
-    plain |= dict.fromkeys(wrote, "written by anomdx") | dict.fromkeys(masks, "by the name of their folder masks")
+    plain |= dict.fromkeys(wrote, "written by anomdx") | dict.fromkeys(masks, "by the name of their folder "
+        "masks")
     plain |= dict.fromkeys(series.missing, "missing, listed in DICOMDIR")
     for f, kind in plain.items():
         top = f.relative_to(root).parts[:-1][:1] if root in f.parents else ()
@@ -266,7 +269,7 @@ def read_table(
     healthy:str="", anomalous:str="", # as for label_rows, where the source has no labels
     lesion:Sequence[int]=(),  # values of the masks that are lesion; all but 0 if empty
     allow:Sequence[str]=(),   # what load_scan may repair in these scans
-)->ScanTable: # .attrs: told, how the source was understood; refused, DICOM series; passed, how much else was not read, by kind
+)->ScanTable: # .attrs: told, how the source was understood; refused, DICOM series; passed, the rest, by kind
     "The ScanTable of a source; paths in a CSV are relative to its folder"
     rows, folder, refused = read_rows(path := Path(source), suffix, lesion, allow)
     passed = rows.attrs.get("passed", {})

@@ -23,7 +23,8 @@ from monai.data import MetaTensor
 from torch.utils.data import Dataset
 from .cohorts import AtlasData, cohort_plan, write_atlas_cohort
 from .config import ConfigError, choice, compose, digest, preset_path, read_yaml, to_yaml
-from .datasets import ScanDataset, ScanTable, TableData, check_specificity, check_table, data_digest, healthy_rows, in_archive, load_row, load_table
+from .datasets import (ScanDataset, ScanTable, TableData, check_specificity, check_table, data_digest,
+                             healthy_rows, in_archive, load_row, load_table)
 from .kaggle import NIH, nih_table, open_nih
 from .loaders import atomic_path, load_picture
 from .models import Detector

@@ -516,12 +516,15 @@ def find_texts(
     found, everything = {}, np.arange(len(archive))
     ids = everything[[n.lower().endswith((".csv", ".txt")) for n in archive.index.each_name()]]
     why = obstacles(archive.index, ids)
-    inside = {n.rpartition("/")[2]: int(j) for j, n in zip(ids, archive.index.names(ids)) if int(j) not in why}
-    closed = {n.rpartition("/")[2]: why[int(j)] for j, n in zip(ids, archive.index.names(ids)) if int(j) in why}
+    inside = {n.rpartition("/")[2]: int(j) for j, n in zip(ids, archive.index.names(ids))
+              if int(j) not in why}
+    closed = {n.rpartition("/")[2]: why[int(j)] for j, n in zip(ids, archive.index.names(ids))
+              if int(j) in why}
     for kind, name in ((k, n) for k, names in TEXTS.items() for n in names):
         if kind in found: continue
         data = archive.read(inside[name]) if name in inside else next((d for p in places[::-1] if (d := p.near(name)) is not None), None)
-        if data is None and name in closed: raise DataError(f"{archive.name} has {name}, but it is {closed[name]}, which is not read; "
+        if data is None and name in closed:
+            raise DataError(f"{archive.name} has {name}, but it is {closed[name]}, which is not read; "
             "unpack it and lay it beside, or say where it is with texts=")
         if data is not None: found[kind] = unpacked(data, name)
     return found
@@ -650,7 +653,8 @@ def join_members(
     due = np.any([joined.image.between(*s) for s in spans] or [absent & False], axis=0)   # of some stages, what lies between their first and last
     fits = joined[~absent].astype({"member": "int64"}).reset_index(drop=True)
     missing = joined.image[absent & due & ~joined.image.isin(list(unread))].tolist()
-    return Joined(fits, missing, members.image[~members.image.isin(rows.image)].tolist(), sorted(twice), differ.index[differ > 1].tolist(), unread)
+    return Joined(fits, missing, members.image[~members.image.isin(rows.image)].tolist(), sorted(twice),
+                  differ.index[differ > 1].tolist(), unread)
 
 # %% ../nbs/31_kaggle.ipynb #b3af63b2
 def nih_splits(
@@ -683,11 +687,15 @@ def nih_report(
     strict: bool,      # raise if anything does not fit
 ) -> dict[str, object]: # place, contamination, and counts; kept in the table's attrs
     "What did not fit, as one line in the log and as numbers"
-    counts = {k: len(getattr(joined, k)) for k in ("missing", "extra", "duplicates", "conflicting", "unread")} | {"unlisted": unlisted}
+    counts = {k: len(getattr(joined, k)) for k in ("missing", "extra", "duplicates", "conflicting",
+        "unread")} | {"unlisted": unlisted}
     names = dict(missing="are listed but not there", extra="are there but not listed", duplicates="are listed or there twice",
-                 conflicting="are listed twice with different findings, so nothing is known about them", unread=f"are there but cannot be read: {', '.join(f'{n} {why}' for why, n in Counter(joined.unread.values()).most_common())}",
+                 conflicting="are listed twice with different findings, so nothing is known about them",
+                 unread="are there but cannot be read: "
+                 f"{', '.join(f'{n} {why}' for why, n in Counter(joined.unread.values()).most_common())}",
                  unlisted="are on neither official list")
-    found = [f"{counts[k]} pictures {text}" + "".join(f" ({n})" for n in list(getattr(joined, k, []))[:1]) for k, text in names.items() if counts[k]]
+    found = [f"{counts[k]} pictures {text}" + "".join(f" ({n})" for n in list(getattr(joined, k, []))[:1])
+             for k, text in names.items() if counts[k]]
     if found and strict: raise DataError(f"{place}: {'; '.join(found)}; complete it, or leave strict off to go on with the {len(joined.rows)} that fit")
     (log.warning if found else log.info)("%s: %d pictures of %d patients%s", place, len(joined.rows), joined.rows.patient.nunique(), "; " + "; ".join(found) if found else "")
     return dict(place=place, contamination=CONTAMINATION, **counts)

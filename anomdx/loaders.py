@@ -58,7 +58,8 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, apply_modality_lut, as_pixel_options, get_decoder, pixel_array
 from pydicom.pixels.common import PhotometricInterpretation
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
+                         ImplicitVRLittleEndian, UID)
 from pydicom.valuerep import DT
 from scipy.ndimage import affine_transform
 
@@ -95,7 +96,8 @@ class Silence:
 QUIET = Silence()
 
 # %% ../nbs/00_loaders.ipynb #5a1b0c02
-SUFFIXES = dict(picture=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), nifti=(".nii", ".nii.gz"), npz=(".npz",),
+SUFFIXES = dict(picture=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"),
+                nifti=(".nii", ".nii.gz"), npz=(".npz",),
                 nrrd=(".nrrd",))
 MAGIC = {   # first bytes -> what the file is, and under which suffixes it may be that
     b"\x1f\x8b": ("packed by gzip", "nifti"), b"BZh": ("packed by bzip2", "nifti"),
@@ -195,7 +197,8 @@ def to_scan(
     sound = np.isfinite(sizes).all() and min(lengths) > 1e-7 and max(sizes) < 1e6
     if not sound or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3:
         said = " × ".join(f"{s:.4g}" for s in spacing)
-        raise LoadError(f"{source} has a geometry that cannot be: a voxel size or a direction is zero, huge or no "
+        raise LoadError(f"{source} has a geometry that cannot be: a voxel size or a direction is zero, "
+        "huge or no "
                         f"number (its voxels are {said} mm); repair its header")
     meta = dict(spacing=spacing, source=str(source), **meta)
     return MetaTensor(x, affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
@@ -272,7 +275,8 @@ def npz_headers(
             with z.open(name) as f:
                 version = np.lib.format.read_magic(f)[0]
                 if version not in header:
-                    raise LoadError(f"{path} holds {name} in version {version} of .npy; save it as a plain array")
+                    raise LoadError(f"{path} holds {name} in version {version} of .npy; "
+                        "save it as a plain array")
                 shape, _, dtype = header[version](f)
             found[name.removesuffix(".npy")] = shape, dtype
     return found
@@ -349,12 +353,14 @@ def unoriented_nifti(
 )->dict:                    # affine, spacing, oriented
     "The voxel size of a file that does not say how it lies"
     if "unoriented" not in allow:
-        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); if its voxel size "
+        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); "
+        "if its voxel size "
                         "is enough, load it with allow=('unoriented',)")
     n = min(len(h.get_data_shape()), 3)
     size = np.abs(h["pixdim"][1:4].astype(float))
     if np.isinf(size[:n]).any():
-        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); write their true size, "
+        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); "
+        "write their true size, "
                         "or 0 if it is not known")
     filled_in = not unit and (size[:n] == 1).all()   # what libraries write when they know nothing
     size = np.where((size == 0) | filled_in, np.nan, size)
@@ -372,7 +378,8 @@ def nifti_geometry(
     code = int(h["xyzt_units"]) & 7
     unit = {0: "", 1: "meter", 2: "mm", 3: "micron"}.get(code, f"an unknown unit ({code})")
     if unit not in ("", "mm"):
-        raise LoadError(f"{path} gives its geometry in {unit} (xyzt_units); anomdx needs mm: rescale its header")
+        raise LoadError(f"{path} gives its geometry in {unit} (xyzt_units); anomdx needs mm: "
+            "rescale its header")
     codes = [min(max(int(h[name]), 0), 5) for name in ("qform_code", "sform_code")]   # 0 is none, 5 the last
     choice = next((name for name in allow if name in ("qform", "sform")), "")
     qform, wrong_q = nifti_qform(h, [n == 1 for n in shape]) if codes[0] else (None, "")
@@ -383,14 +390,16 @@ def nifti_geometry(
     if wrong_q and (sform is None or choice == "qform"):
         other = ", or choose its sform with allow=('sform',)" if sform is not None else ""
         raise LoadError(f"{path} has a qform that is no geometry: {wrong_q}; repair its header{other}")
-    codes = codes[0] * (qform is not None), codes[1] * (sform is not None)   # what is none is not written back
+    # what is none is not written back
+    codes = codes[0] * (qform is not None), codes[1] * (sform is not None)
     if not any(codes):
         return unoriented_nifti(h, path, allow, unit) | dict(codes=codes, qform=None, sform=None)
     if all(codes) and not choice:
         corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape], [1])).reshape(4, -1)
         apart = np.linalg.norm((sform - qform) @ corners, axis=0).max()
         if apart > .1 * np.linalg.norm(sform[:3, :3], axis=0).min():
-            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; choose one with allow=('sform',), "
+            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; "
+            "choose one with allow=('sform',), "
                             "as nibabel does, or allow=('qform',), as ITK does")
     affine = qform if sform is None or choice == "qform" and qform is not None else sform
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -415,7 +424,8 @@ def nifti_header(
     block = f.read(540)
     kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(block) else nib.Nifti1Header
     if not kind.may_contain_header(block):
-        bare = f"its first {len(block)} bytes are no NIfTI header (magic); give it the suffix of its own format"
+        bare = (f"its first {len(block)} bytes are no NIfTI header (magic); "
+            "give it the suffix of its own format")
         raise LoadError(f"{path} is no NIfTI file: {other_kind(path) or bare}")
     orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
     order = orders.get(kind.sizeof_hdr)
@@ -431,7 +441,8 @@ def nifti_header(
     except (KeyError, nib.spatialimages.HeaderDataError):
         raise odd(f"datatype is {int(h['datatype'])}", "that is no type of NIfTI") from None
     if dtype.kind not in "iuf": raise LoadError(f"{path} holds {dtype} values; a scan needs one real number per voxel")
-    bits, start, slope, inter = int(h["bitpix"]), *(float(h[k]) for k in ("vox_offset", "scl_slope", "scl_inter"))
+    bits, start, slope, inter = int(h["bitpix"]), *(float(h[k])
+        for k in ("vox_offset", "scl_slope", "scl_inter"))
     if bits not in (0, 8 * dtype.itemsize):
         doubts.append(f"bitpix is {bits}, its datatype has {8 * dtype.itemsize}")
     if not h.single_vox_offset <= start < 1e12:
@@ -458,7 +469,8 @@ def read_nifti(
         x = np.asarray(ArrayProxy(f, (shape, dtype, start, *scale), mmap=mmap), np.float32)
         f.seek(start + count * dtype.itemsize)
         if doubts and f.read(1):
-            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, but more values follow; "
+            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, "
+            "but more values follow; "
                             "export it again")
         finite = dtype.kind in "iu" and scale == (1, 0)
     while x.ndim > 3 and x.shape[3] == 1: x = x[:, :, :, 0]   # unused time axis
@@ -532,7 +544,8 @@ def read_nrrd(
     with reading(path, "a NRRD volume"), open(path, "rb") as f:
         header = nrrd.read_header(f)
         if missing := [k for k in ("type", "dimension", "sizes", "encoding") if k not in header]:
-            raise LoadError(f"{path} cannot be read as a NRRD volume: its header has no {' and no '.join(missing)}; "
+            raise LoadError(f"{path} cannot be read as a NRRD volume: "
+            f"its header has no {' and no '.join(missing)}; "
                             "export it again")
         meta = nrrd_geometry(header, path, allow)
         x = nrrd_values(f, header, path)
@@ -544,9 +557,12 @@ def read_nrrd(
 PRIVATE = dict(   # creator, group, element
     slices=("SIEMENS MR HEADER", 0x19, 0x0a), csa=("SIEMENS CSA HEADER", 0x29, 0x10),
     tiles=("Image Private Header", 0x65, 0x50), frames=("Image Private Header", 0x65, 0x51))
-BLOCKS = [Tag(group, at) for _, group, element in PRIVATE.values() for n in range(0x10, 0x20) for at in (n, n << 8 | element)]
-VECTORS = ("SliceVector", "TimeSlotVector", "RRIntervalVector", "EnergyWindowVector", "DetectorVector", "RotationVector", "PhaseVector")
-FRAME_TAGS = sorted({Tag(t) for t in ("SpacingBetweenSlices", "DetectorInformationSequence", "NumberOfSlices", *VECTORS)} | {*BLOCKS})
+BLOCKS = [Tag(group, at) for _, group, element in PRIVATE.values() for n in range(0x10, 0x20)
+          for at in (n, n << 8 | element)]
+VECTORS = ("SliceVector", "TimeSlotVector", "RRIntervalVector", "EnergyWindowVector", "DetectorVector",
+           "RotationVector", "PhaseVector")
+FRAME_TAGS = sorted({Tag(t) for t in ("SpacingBetweenSlices", "DetectorInformationSequence", "NumberOfSlices",
+    *VECTORS)} | {*BLOCKS})
 
 # %% ../nbs/00_loaders.ipynb #5d1c07a2
 NUMBERS = dict(ImagePositionPatient=3, ImageOrientationPatient=6, PixelSpacing=2, ImagerPixelSpacing=2,
@@ -594,7 +610,7 @@ DIGITS = re.compile(r"[-+.,\\ \0\deE]*", re.ASCII)
 def field_numbers(
     d:Dataset,    # a header
     tag:BaseTag,  # of `SETTLED`, in it
-)->tuple[str, list[float]|None]:  # the field as text, '' when it is empty; its numbers, None when they are not as many
+)->tuple[str, list[float]|None]:  # the field as text ('' when empty); its numbers, None when not as many
     "What a field of numbers holds, whatever type it was stored as"
     e, n, written = d.get_item(tag), NUMBERS.get(SETTLED[tag], 1), dictionary_VR(tag) in ("DS", "IS")
     raw = e.value if isinstance(e, RawDataElement) else None
@@ -647,21 +663,30 @@ HEADER_TAGS = ("ImageType", "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUI
 IDENTITY = ("PatientName", "PatientBirthDate", "OtherPatientIDs", "OtherPatientNames", "PatientAddress", "PatientTelephoneNumbers", "ReferringPhysicianName",
     "InstitutionName", "AccessionNumber", "PatientMotherBirthName", "MilitaryRank", "EthnicGroup", "PatientComments")
 RESCALE_TAGS = ("RescaleType", "Units", "RealWorldValueMappingSequence")   # what values are counted in
-VOLUME_TAGS = dict(   # what volumes at the same places may differ in, in the order in which it is asked: word -> the tags that say it
-    EchoTime=("EffectiveEchoTime", "EchoTime"), b=("DiffusionBValue",), direction=("DiffusionGradientOrientation",),
-    InversionTime=("InversionTimes", "InversionTime"), FlipAngle=("FlipAngle",), RepetitionTime=("RepetitionTime",), KVP=("KVP",),
-    component=("ComplexImageComponent",), ImageType=("FrameType", "ImageType"), label=("ASLContext",), velocity=("VelocityEncodingDirection",),
+VOLUME_TAGS = dict(   # what volumes at the same places may differ in, as it is asked: word -> its tags
+    EchoTime=("EffectiveEchoTime", "EchoTime"), b=("DiffusionBValue",),
+    direction=("DiffusionGradientOrientation",),
+    InversionTime=("InversionTimes", "InversionTime"), FlipAngle=("FlipAngle",),
+    RepetitionTime=("RepetitionTime",), KVP=("KVP",),
+    component=("ComplexImageComponent",), ImageType=("FrameType", "ImageType"), label=("ASLContext",),
+    velocity=("VelocityEncodingDirection",),
     cardiac=("NominalPercentageOfCardiacPhase",), respiratory=("NominalPercentageOfRespiratoryPhase",),
-    TriggerTime=("NominalCardiacTriggerDelayTime", "TriggerTime"), TemporalPosition=("TemporalPositionIndex", "TemporalPositionIdentifier"),
-    TemporalOffset=("TemporalPositionTimeOffset",), FrameReferenceTime=("FrameReferenceTime",), EchoNumber=("EchoNumbers",),
-    AcquisitionNumber=("FrameAcquisitionNumber", "AcquisitionNumber"), kernel=("ConvolutionKernel",), sequence=("SequenceName",),
+    TriggerTime=("NominalCardiacTriggerDelayTime", "TriggerTime"),
+    TemporalPosition=("TemporalPositionIndex", "TemporalPositionIdentifier"),
+    TemporalOffset=("TemporalPositionTimeOffset",), FrameReferenceTime=("FrameReferenceTime",),
+    EchoNumber=("EchoNumbers",),
+    AcquisitionNumber=("FrameAcquisitionNumber", "AcquisitionNumber"), kernel=("ConvolutionKernel",),
+    sequence=("SequenceName",),
     stack=("StackID",), options=("ScanOptions",))
 TIME_TAGS = dict(   # when a slice was taken: word -> (tag of date and time, of the date, of the time)
-    AcquisitionTime=(("FrameAcquisitionDateTime", "AcquisitionDateTime"), "AcquisitionDate", "AcquisitionTime"),
+    AcquisitionTime=(("FrameAcquisitionDateTime", "AcquisitionDateTime"), "AcquisitionDate",
+                     "AcquisitionTime"),
     ContentTime=((), "ContentDate", "ContentTime"))
-SPLIT_TAGS = ("SOPInstanceUID", "ConcatenationUID", "InstanceNumber", "DimensionIndexValues", *(t for tags in VOLUME_TAGS.values() for t in tags),
+SPLIT_TAGS = ("SOPInstanceUID", "ConcatenationUID", "InstanceNumber", "DimensionIndexValues",
+              *(t for tags in VOLUME_TAGS.values() for t in tags),
     *(t for many, *rest in TIME_TAGS.values() for t in (*many, *rest)))
-FILE_TAGS = [Tag(t) for t in (*HEADER_TAGS, *NUMBERS, *RESCALE_TAGS, "SequenceOfUltrasoundRegions", *SPLIT_TAGS, *FRAME_TAGS, *IDENTITY,
+FILE_TAGS = [Tag(t) for t in (*HEADER_TAGS, *NUMBERS, *RESCALE_TAGS, "SequenceOfUltrasoundRegions",
+                              *SPLIT_TAGS, *FRAME_TAGS, *IDENTITY,
     "PatientIdentityRemoved", *(t for t in DicomDictionary if t >> 16 == 0x28))]   # and how pixels are stored
 
 # %% ../nbs/00_loaders.ipynb #6b0d3a14
@@ -689,7 +714,8 @@ def tiled(
     words, n = d.get("ImageType") or (), int(d.get("NumberOfFrames") or 1)
     words = {str(w).strip().upper() for w in ((words,) if isinstance(words, str) else words)}
     if n > 1 and "MOSAIC" in words:   # the frames of one place are mosaics themselves
-        places = [p for f in d.get("PerFrameFunctionalGroupsSequence") or () for p in f.get("PlanePositionSequence") or ()]
+        places = [p for f in d.get("PerFrameFunctionalGroupsSequence") or ()
+                  for p in f.get("PlanePositionSequence") or ()]
         return "MOSAIC" if len({str(p.get("ImagePositionPatient")) for p in places}) == 1 else ""
     if n > 1: return ""
     count = private_value(d, "slices")
@@ -718,7 +744,7 @@ def read_header(
     size:int,                # bytes of the file
     tags:list[BaseTag]|None, # what to keep; None: everything
     bare:bool,               # whether the preamble is missing
-)->Dataset:  # up to the pixels; `behind`: where the parser stopped, byte; and with `pixels`, `size`, `unreadable`
+)->Dataset:  # up to the pixels; with `behind`, where the parser stopped, byte, `pixels`, `size`, `unreadable`
     "A header as the parser finds it, whatever the file claims of itself"
     read_preamble(f, True)
     meta = read_dataset(f, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
@@ -824,7 +850,8 @@ def leave_out_copies(
 
 # %% ../nbs/00_loaders.ipynb #f946aabd
 MACROS = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence")
-NUCLEAR = ("1.2.840.10008.5.1.4.1.1.20", "1.2.840.10008.5.1.4.1.1.5")   # nuclear medicine, and its retired class
+# nuclear medicine, and its retired class
+NUCLEAR = ("1.2.840.10008.5.1.4.1.1.20", "1.2.840.10008.5.1.4.1.1.5")
 
 def frame_headers(
     d:Dataset,        # header of a file
@@ -886,7 +913,8 @@ def csa_values(
     try:
         with QUIET:   # nibabel calls these readers experimental
             from nibabel.nicom import csareader
-            return {name: tag["items"] for name, tag in csareader.read(block)["tags"].items()} if block else {}
+            return {name: tag["items"] for name, tag
+                    in csareader.read(block)["tags"].items()} if block else {}
     except Exception: return {}
 
 # %% ../nbs/00_loaders.ipynb #6b0d3a25
@@ -895,12 +923,17 @@ def mosaic_count(
     csa:dict,    # from `csa_values`
 )->int:          # slices
     "How many slices a mosaic holds, which two elements say"
-    if int(d.get("NumberOfFrames") or 1) > 1: raise LoadError("it holds several mosaics, each with many slices in one picture")
+    if int(d.get("NumberOfFrames") or 1) > 1:
+        raise LoadError("it holds several mosaics, each with many slices in one picture")
     said = [numbers(v, 1) for v in (private_value(d, "slices"), csa.get("NumberOfImagesInMosaic"))]
     counts = sorted({int(v[0]) for v in said if v is not None and v[0] >= 1})
-    if not counts: raise LoadError("it is a mosaic, many slices in one picture, but their number (NumberOfImagesInMosaic) is missing from its "
+    if not counts:
+        raise LoadError("it is a mosaic, many slices in one picture, but their number "
+        "(NumberOfImagesInMosaic) is missing from its "
         "private elements (0019,xx0A) and (0029,xx10) or unreadable")
-    if len(counts) > 1: raise LoadError(f"it is a mosaic of {counts[0]} or {counts[1]} slices: its elements (0019,xx0A) and (0029,xx10) contradict each other")
+    if len(counts) > 1:
+        raise LoadError(f"it is a mosaic of {counts[0]} or {counts[1]} slices: its elements (0019,xx0A) and "
+            "(0029,xx10) contradict each other")
     return counts[0]
 
 def fit_tiles(
@@ -910,9 +943,11 @@ def fit_tiles(
 )->None:
     "Refuse a picture that cannot be cut into `rows` x `columns` tiles"
     size = d.get("Rows"), d.get("Columns")
-    if not all(isinstance(n, int) and n >= 1 for n in size): raise LoadError(f"it is a {tiled(d)} without a readable number of rows or columns")
+    if not all(isinstance(n, int) and n >= 1 for n in size):
+        raise LoadError(f"it is a {tiled(d)} without a readable number of rows or columns")
     if size[0] % rows or size[1] % columns: raise LoadError(
-        f"it is a {tiled(d)} whose {size[0]} x {size[1]} pixels cannot be cut into {rows} x {columns} tiles, as its number of slices asks for")
+        f"it is a {tiled(d)} whose {size[0]} x {size[1]} pixels cannot be cut into {rows} x {columns} tiles, "
+        "as its number of slices asks for")
 
 def mosaic_places(
     d:Dataset,  # header of a Siemens mosaic
@@ -922,13 +957,20 @@ def mosaic_places(
     count = mosaic_count(d, csa)
     side = math.isqrt(count - 1) + 1
     fit_tiles(d, side, side)
-    place, between, normal = slice_place(d), numbers(d.get("SpacingBetweenSlices"), 1), numbers(csa.get("SliceNormalVector"), 3)
-    if place is None: raise LoadError("it is a mosaic without a readable position, orientation or pixel spacing")
-    if between is None or between[0] <= 0: raise LoadError("it is a mosaic without a readable SpacingBetweenSlices (0018,0088)")
-    if normal is None: raise LoadError("it is a mosaic whose slices may run either way: SliceNormalVector is missing from its private element (0029,xx10) or unreadable")
+    place, between, normal = (slice_place(d), numbers(d.get("SpacingBetweenSlices"), 1),
+        numbers(csa.get("SliceNormalVector"), 3))
+    if place is None:
+        raise LoadError("it is a mosaic without a readable position, orientation or pixel spacing")
+    if between is None or between[0] <= 0:
+        raise LoadError("it is a mosaic without a readable SpacingBetweenSlices (0018,0088)")
+    if normal is None:
+        raise LoadError("it is a mosaic whose slices may run either way: SliceNormalVector is missing from "
+            "its private element (0029,xx10) or unreadable")
     row, column, size = place[3:6], place[6:9], place[9:]
     up = np.cross(row, column)
-    if abs(abs(up @ normal) - 1) > 1e-2: raise LoadError("it is a mosaic whose SliceNormalVector is not the normal of its ImageOrientationPatient")
+    if abs(abs(up @ normal) - 1) > 1e-2:
+        raise LoadError("it is a mosaic whose SliceNormalVector is not the normal of "
+            "its ImageOrientationPatient")
     inside = (1 - 1 / side) / 2 * np.array([d.Rows, d.Columns]) * size   # mm down, mm to the right
     first = place[:3] + inside[0] * column + inside[1] * row
     return side, side, first + np.arange(count)[:, None] * between * np.sign(up @ normal) * up
@@ -939,50 +981,68 @@ def vframe_places(
 )->tuple[int, int, np.ndarray]:  # rows and columns of tiles; position of each slice (N, 3), LPS mm
     "Where the slices of a VFRAME picture lie. Source: dcm2niix, console/nii_dicom.cpp, and its issue 225"
     count, frames = numbers(private_value(d, "tiles"), 1), private_value(d, "frames")
-    if count is None or count[0] < 1 or not frames: raise LoadError("it is a VFRAME picture, many slices in one picture, but its private elements "
+    if count is None or count[0] < 1 or not frames:
+        raise LoadError("it is a VFRAME picture, many slices in one picture, but its private elements "
         "(0065,xx50) and (0065,xx51), their number and places, are missing or unreadable")
-    if not all(isinstance(f, Dataset) for f in frames) or len(frames) != count[0]: raise LoadError(f"it is a VFRAME picture of {count[0]:.0f} slices with {len(frames)} places")
+    if not all(isinstance(f, Dataset) for f in frames) or len(frames) != count[0]:
+        raise LoadError(f"it is a VFRAME picture of {count[0]:.0f} slices with {len(frames)} places")
     places = [numbers(f.get("ImagePositionPatient"), 3) for f in frames]
-    if any(p is None for p in places): raise LoadError("it is a VFRAME picture with a slice that has no readable position")
+    if any(p is None for p in places):
+        raise LoadError("it is a VFRAME picture with a slice that has no readable position")
     columns = math.isqrt(len(places) - 1) + 1
     rows = -(-len(places) // columns)
     fit_tiles(d, rows, columns)
     return rows, columns, np.array(places)
 
 # %% ../nbs/00_loaders.ipynb #6b0d3a2b
-NM_FRAMES = {"STATIC": "views or energies", "DYNAMIC": "times", "GATED": "heart phases", "WHOLE BODY": "views of the whole body", "TOMO": "projections",
+NM_FRAMES = {"STATIC": "views or energies", "DYNAMIC": "times", "GATED": "heart phases",
+             "WHOLE BODY": "views of the whole body", "TOMO": "projections",
              "GATED TOMO": "projections"}   # what they are, if no slices: DICOM PS3.3 C.8.4.9.1.1
 
 def tomogram_headers(
     d:Dataset,       # header of a nuclear medicine file
 )->list[Dataset]:    # one per frame
     "The header of each slice of a reconstructed volume. Source: DICOM PS3.3 C.8.4.8, C.8.4.11 and C.8.4.15"
-    n, kind = int(d.get("NumberOfFrames") or 1), " ".join(str(w).upper() for w in (d.get("ImageType") or ())[2:3])
+    n, kind = int(d.get("NumberOfFrames") or 1), " ".join(str(w).upper()
+        for w in (d.get("ImageType") or ())[2:3])
     if kind not in ("RECON TOMO", "RECON GATED TOMO"):
         if n == 1: return [d]
-        what = f"of kind {kind}, whose frames are {NM_FRAMES[kind]}" if kind in NM_FRAMES else "whose ImageType does not say what its frames are"
-        raise LoadError(f"it is a nuclear medicine file {what}; only reconstructed ones (RECON TOMO) are volumes")
+        what = (f"of kind {kind}, whose frames are {NM_FRAMES[kind]}" if kind in NM_FRAMES
+                else "whose ImageType does not say what its frames are")
+        raise LoadError(f"it is a nuclear medicine file {what}; "
+            "only reconstructed ones (RECON TOMO) are volumes")
     if n > 65535: raise LoadError(f"it claims {n} frames, more than a nuclear medicine file can number")
     base = Dataset()
     base.update(d)
     detectors = d.get("DetectorInformationSequence") or []
     for name in ("ImagePositionPatient", "ImageOrientationPatient"):
-        if len({str(v.get(name)) for v in detectors if v.get(name)}) > 1: raise LoadError(f"its detectors have more than one {name}, its frames one place each")
+        if len({str(v.get(name)) for v in detectors if v.get(name)}) > 1:
+            raise LoadError(f"its detectors have more than one {name}, its frames one place each")
         if value := next((v[name] for v in detectors if v.get(name)), None): base[name] = value
     vectors = {name: np.atleast_1d(d.get(name)) for name in VECTORS if d.get(name) is not None}
     slices = vectors.get("SliceVector", np.arange(n))
     mixed = [name for name, v in vectors.items() if name != "SliceVector" and len({*v}) > 1]
-    if others := [name for name in mixed if name != "TimeSlotVector"]: raise LoadError(f"its frames differ in {', '.join(others)}: it holds several volumes")
+    if others := [name for name in mixed if name != "TimeSlotVector"]:
+        raise LoadError(f"its frames differ in {', '.join(others)}: it holds several volumes")
     place, between = slice_place(base), numbers(d.get("SpacingBetweenSlices"), 1)
     if n == 1 and not mixed: return [base]
-    if place is None: raise LoadError("it is a reconstructed nuclear medicine volume whose DetectorInformationSequence has no readable position and orientation, "
+    if place is None:
+        raise LoadError("it is a reconstructed nuclear medicine volume whose DetectorInformationSequence has "
+        "no readable position and orientation, "
         "or that has no PixelSpacing")
-    if between is None or between[0] == 0: raise LoadError("it is a reconstructed nuclear medicine volume without a readable SpacingBetweenSlices (0018,0088)")
-    if bad := [name for name in ("SliceVector", *mixed) if len(vectors.get(name, slices)) != n]: raise LoadError(f"it has {n} frames, but {', '.join(bad)} counts others")
-    if slices[0] != slices.min(): raise LoadError("its first frame is not its first slice (SliceVector), so it is not known which one its position belongs to")
-    if "SliceVector" not in vectors and int(d.get("NumberOfSlices") or n) != n: raise LoadError(f"it has {n} frames of {d.NumberOfSlices} slices, but no SliceVector")
+    if between is None or between[0] == 0:
+        raise LoadError("it is a reconstructed nuclear medicine volume without a readable "
+            "SpacingBetweenSlices (0018,0088)")
+    if bad := [name for name in ("SliceVector", *mixed) if len(vectors.get(name, slices)) != n]:
+        raise LoadError(f"it has {n} frames, but {', '.join(bad)} counts others")
+    if slices[0] != slices.min():
+        raise LoadError("its first frame is not its first slice (SliceVector), "
+            "so it is not known which one its position belongs to")
+    if "SliceVector" not in vectors and int(d.get("NumberOfSlices") or n) != n:
+        raise LoadError(f"it has {n} frames of {d.NumberOfSlices} slices, but no SliceVector")
     step = between * np.cross(place[3:6], place[6:9])
-    for name in ("NumberOfFrames", "DetectorInformationSequence", *VECTORS): base.pop(Tag(name), None)   # of the file, not of a slice
+    # of the file, not of a slice
+    for name in ("NumberOfFrames", "DetectorInformationSequence", *VECTORS): base.pop(Tag(name), None)
     frames = []
     for k, s in enumerate(slices):
         frames.append(h := Dataset(dict(base.items())))   # as `update`, without its checks
@@ -1006,7 +1066,8 @@ def inner_headers(
     base, slices = Dataset(), []
     base.update(d)
     for tag in BLOCKS: base.pop(tag, None)
-    base.add_new("ImageType", "CS", [w for w in d.get("ImageType") or () if w not in ("MOSAIC", "VFRAME")])   # elements are shared: never changed
+    # elements are shared: never changed
+    base.add_new("ImageType", "CS", [w for w in d.get("ImageType") or () if w not in ("MOSAIC", "VFRAME")])
     base.add_new("Rows", "US", d.Rows // rows)
     base.add_new("Columns", "US", d.Columns // columns)
     for place in places:
@@ -1055,7 +1116,9 @@ def field_findings(
     high = stored - 1 if d.get("HighBit") is None else d.HighBit
     wrong = dict(Rows=d.Rows < 1, Columns=d.Columns < 1, SamplesPerPixel=d.SamplesPerPixel not in (1, 3),
         BitsAllocated=bits not in (1, *range(8, 65, 8)))
-    if words: wrong |= dict(BitsStored=not 1 <= stored <= bits, PixelRepresentation=d.PixelRepresentation not in (0, 1),
+    if words:
+        wrong |= dict(BitsStored=not 1 <= stored <= bits,
+                      PixelRepresentation=d.PixelRepresentation not in (0, 1),
         HighBit=not stored <= high + 1 <= bits if is_native(d) else high != stored - 1)
     found = [f"{name} {Tag(name)} is {d.get(name)}, which it cannot be" for name, bad in wrong.items() if bad]
     kinds, name = [k.value for k in PhotometricInterpretation], "PhotometricInterpretation (0028,0004)"
@@ -1101,8 +1164,10 @@ def pixel_findings(
     return [f"{name} has {length} bytes, but {size}, and what follows is not empty"] if odd else []
 
 # %% ../nbs/00_loaders.ipynb #5d1c07c8
-SPARE = {"ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor", "PixelAspectRatio",
-    "PhysicalDeltaX", "PhysicalDeltaY", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection", "RegionSpatialFormat"}
+SPARE = {"ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor",
+         "PixelAspectRatio",
+    "PhysicalDeltaX", "PhysicalDeltaY", "PhysicalUnitsXDirection", "PhysicalUnitsYDirection",
+    "RegionSpatialFormat"}
 
 def header_findings(
     headers:list[tuple[Path, Dataset]],  # of one picture or one series, from `read_header`
@@ -1122,7 +1187,8 @@ def header_findings(
 
 def refuse_headers(path:Path, headers:list[tuple[Path, Dataset]])->None:
     "Raise `LoadError` with what `header_findings` says of them"
-    if found := header_findings(headers): raise LoadError(f"{path} cannot be read as its header describes it: "
+    if found := header_findings(headers):
+        raise LoadError(f"{path} cannot be read as its header describes it: "
         f"{'; '.join(found)}; correct these fields, or export it again from where it came")
 
 # %% ../nbs/00_loaders.ipynb #ef29f96c
@@ -1141,7 +1207,8 @@ def stack_faults(
     x, y, depth = axes @ (positions - positions[0]).T   # (3, N), mm
     gaps, found = np.diff(depth), {}
     if repeated := int((gaps <= place_tolerance(headers[0][1])).sum()):
-        return dict(copies=f"{repeated} slices share a place with another, and no tag in their headers tells whole volumes apart")
+        return dict(copies=f"{repeated} slices share a place with another, "
+            "and no tag in their headers tells whole volumes apart")
     step = np.median(gaps)
     wide = np.round(gaps / step).clip(1)   # how many steps each gap holds
     level = np.concatenate([[0], np.cumsum(wide)]) / wide.sum()   # 0 … 1
@@ -1188,27 +1255,34 @@ def whole_file(d:Dataset)->Dataset:
 
 # %% ../nbs/00_loaders.ipynb #ea412577
 def series_faults(
-    headers:list[tuple[Path, Dataset]],  # of one picture, one file of many frames, or the slices of a series; a `Part` knows its siblings too
+    headers:list[tuple[Path, Dataset]],  # of a picture, a file of many frames, or a series' slices
 )->dict[str, str]:  # kind -> what was found; empty when they are one picture or one regular volume
     "What keeps these images from being one scan; reads nothing but `HEADER_TAGS`"
-    different = lambda name: Counter(v for _, d in headers if (v := str(d.get(name) or "").strip()))   # what is missing differs from nothing
+    # what is missing differs from nothing
+    different = lambda name: Counter(v for _, d in headers if (v := str(d.get(name) or "").strip()))
     for name, what in dict(SeriesInstanceUID="series", PatientID="patients", FrameOfReferenceUID="frames of reference").items():
-        if name == "SeriesInstanceUID" and isinstance(headers, Part): continue   # `series_groups` says what one series is
-        if len(n := different(name)) > 1: return {what: f"{len(n)} {what} are mixed ({', '.join(map(str, n.values()))} files)"}
+        # `series_groups` says what one series is
+        if name == "SeriesInstanceUID" and isinstance(headers, Part): continue
+        if len(n := different(name)) > 1:
+            return {what: f"{len(n)} {what} are mixed ({', '.join(map(str, n.values()))} files)"}
     if fault := next(filter(None, (frame_fault(d) for _, d in headers)), ""): return dict(inside=fault)
     files = [slice_headers([h]) for h in headers]
     if not all(files): return dict(film="its frames have no place of their own (a film?)")
     frames = [f for own in files for f in own]
     places = [slice_place(h) for _, h in frames]
-    if len(frames) > 1 and (bad := sum(v is None for v in places)): return dict(nowhere=f"{bad} slices have no position, orientation or pixel spacing")
+    if len(frames) > 1 and (bad := sum(v is None for v in places)):
+        return dict(nowhere=f"{bad} slices have no position, orientation or pixel spacing")
     around = getattr(headers, "faults", {})
     if (place := places[0]) is None: return around   # a picture
-    found = {n: f"{n} differs between slices" for n in ("Rows", "Columns", "PhotometricInterpretation") if len({str(h.get(n)) for _, h in frames}) > 1}
+    found = {n: f"{n} differs between slices" for n in ("Rows", "Columns", "PhotometricInterpretation")
+             if len({str(h.get(n)) for _, h in frames}) > 1}
     if directions(places := np.array(places)).any():
         spread = np.ptp(places, axis=0)
         if spread[9:].max() >= TOLERANCE: found["spacing"] = "PixelSpacing differs between slices"
-        if spread[3:9].max() >= TOLERANCE: found["directions"] = "slices point in different directions (a localizer?)"
-    if np.abs(place[3:9].reshape(2, 3) @ place[3:9].reshape(2, 3).T - np.eye(2)).max() > 1e-2: found["skew"] = "ImageOrientationPatient is not orthonormal"
+        if spread[3:9].max() >= TOLERANCE:
+            found["directions"] = "slices point in different directions (a localizer?)"
+    if np.abs(place[3:9].reshape(2, 3) @ place[3:9].reshape(2, 3).T - np.eye(2)).max() > 1e-2:
+        found["skew"] = "ImageOrientationPatient is not orthonormal"
     return around | (found or (stack_faults(frames) if len(frames) > 1 else {}))
 
 def series_findings(
@@ -1232,7 +1306,8 @@ def group_tags(groups:Dataset)->dict[str, object]:
         if (v := element(groups, tag)) is None: continue
         name = groups[tag].keyword
         if name in SPLIT_TAGS: found[name] = v
-        elif groups[tag].VR == "SQ" and not name.startswith(("Referenced", "Derivation", "Source")):   # other images
+        # other images
+        elif groups[tag].VR == "SQ" and not name.startswith(("Referenced", "Derivation", "Source")):
             for item in v: found |= group_tags(item)
     return found
 
@@ -1310,8 +1385,8 @@ def apart(low:np.ndarray, high:np.ndarray)->bool:
 def ranked(
     labels:np.ndarray, place:np.ndarray, full:np.ndarray,  # as for `divide`
     order:list,                                            # (N,) numbers of one tag, or None
-    steady:bool=False,                                     # whether the order at each place is enough: heart phases
-)->np.ndarray|None:                                        # (N,) new labels; None where the order does not tell
+    steady:bool=False,                                     # the order at each place is enough: heart phases
+)->np.ndarray|None:                                        # (N,) new labels; None: the order does not tell
     "Labels divided by the order of the slices at each place"
     twice = cell_counts(labels, place)[2] > 1
     if None in order: return None
@@ -1342,7 +1417,8 @@ class Slice(NamedTuple):
     place: np.ndarray|None       # from `slice_place`
     of: int                      # slices in the file
 
-KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE OUT_PHASE ADC FA TRACEW "
+KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE "
+            "OUT_PHASE ADC FA TRACEW "
             "LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
 
 def tag_text(word:str, value:tuple|None, others:list[tuple|None])->str:
@@ -1356,7 +1432,7 @@ def tag_text(word:str, value:tuple|None, others:list[tuple|None])->str:
 # %% ../nbs/00_loaders.ipynb #f4a3c025
 def tag_columns(
     stack:list[Slice],
-)->tuple[dict[str, list], dict[str, list]]:  # word -> values: what may differ between volumes, what may order them
+)->tuple[dict[str, list], dict[str, list]]:  # word -> values: what may differ, what may order volumes
     "What the headers of some slices say that may tell volumes apart"
     read, rows = {}, []
     for s in stack:
@@ -1371,8 +1447,10 @@ def tag_columns(
     values["folder"] = [(str(s.path.parent),) for s in stack]
     orders = {"TriggerTime": [number(first_tag(r, VOLUME_TAGS["TriggerTime"])) for r in rows]}
     orders |= {word: [seconds(r, *tags) for r in rows] for word, tags in TIME_TAGS.items()}
-    orders |= dict(InstanceNumber=[number(r.get("InstanceNumber")) for r in rows], frame=[s.number + 1 for s in stack])
-    return {w: v for w, v in values.items() if len(set(v)) > 1}, {w: v for w, v in orders.items() if len(set(v)) > 1}
+    orders |= dict(InstanceNumber=[number(r.get("InstanceNumber")) for r in rows],
+                   frame=[s.number + 1 for s in stack])
+    return {w: v for w, v in values.items() if len(set(v)) > 1}, {w: v for w, v in orders.items()
+        if len(set(v)) > 1}
 
 def volume_labels(
     place:np.ndarray,   # (N,) number of the place of each slice
@@ -1400,11 +1478,13 @@ def name_volumes(
     "What the volumes are called, and in which order they come"
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
     names, marks = [{} for _ in members], [()] * len(members)
-    for word, column, ordered in [(w, v, table is orders) for table in (values, orders) for w, v in table.items()]:
+    for word, column, ordered in [(w, v, table is orders) for table in (values, orders)
+                                  for w, v in table.items()]:
         own = [{column[i] for i in m} for m in members]
         if word == "folder" or any(None in o if ordered else len(o) > 1 for o in own): continue
         of = [min(o) if ordered else next(iter(o)) for o in own]
-        new = [(*m, (v is not None, isinstance(v, tuple) and isinstance(v[0], str), v)) for m, v in zip(marks, of)]
+        new = [(*m, (v is not None, isinstance(v, tuple) and isinstance(v[0], str), v))
+               for m, v in zip(marks, of)]
         if len(set(new)) == len(set(marks)): continue
         marks = new
         for name, v in zip(names, of):
@@ -1442,7 +1522,7 @@ def stack_volumes(
 # %% ../nbs/00_loaders.ipynb #3d6283ba
 def series_of(
     headers:list[tuple[Path, Dataset]],  # of any images
-)->list[tuple[str, str, list[tuple[Path, Dataset]]]]: # SeriesInstanceUID, how it was made up if it was, and the files
+)->list[tuple[str, str, list[tuple[Path, Dataset]]]]: # SeriesInstanceUID, how it was made up, the files
     "Which images are of one series, also where its identifier is missing or each slice has its own"
     text = lambda d, name: str(d.get(name) or "").strip()
     names = "StudyInstanceUID", "FrameOfReferenceUID", "PatientID"
@@ -1466,7 +1546,8 @@ def series_of(
             if len({tuple(v[:3].round(3)) for _, v, _ in own}) < 3: continue
             for uid, *_ in own: del named[uid]
             files = [f for *_, f in own]
-            found.append((min(uid for uid, *_ in own), f"a SeriesInstanceUID for each of {len(own)} slices {of}", files))
+            found.append((min(uid for uid, *_ in own), f"a SeriesInstanceUID for each of {len(own)} slices "
+                f"{of}", files))
     return found + [(uid, "", files) for uid, files in named.items()]
 
 # %% ../nbs/00_loaders.ipynb #f4a3c032
@@ -1474,7 +1555,7 @@ def stray_slices(
     of:np.ndarray,      # (N,) number of the stack of each slice
     places:np.ndarray,  # (N, 11), from `slice_place`
     k:int,              # one of the stacks
-)->tuple[np.ndarray, float]: # (N,) which slices of other stacks lie between its own; how far they are turned, degrees
+)->tuple[np.ndarray, float]: # (N,) which slices of other stacks lie between its own; their turn, degrees
     "Nearly parallel slices that lie within a stack, and not at its places"
     normals = np.cross(places[:, 3:6], places[:, 6:9])
     depth, first = places[:, :3] @ normals[of == k][0], np.argmax(of == k)
@@ -1484,7 +1565,8 @@ def stray_slices(
     stray = (of != k) & parallel & (depth > own[0]) & (depth < own[-1])
     if not stray.any(): return stray, 0.
     at = np.searchsorted(own, depth[stray])
-    stray[stray] = np.minimum(depth[stray] - own[at - 1], own[at] - depth[stray]) > .2 * np.median(np.diff(own))
+    stray[stray] = np.minimum(depth[stray] - own[at - 1],
+                              own[at] - depth[stray]) > .2 * np.median(np.diff(own))
     off = lambda v, sign=1: np.linalg.norm(v[stray] - sign * v[first], axis=1)   # chords of unit vectors
     chord = np.maximum(np.minimum(off(normals), off(normals, -1)), off(places[:, 3:6]))
     return stray, float(np.degrees(2 * np.arcsin(chord / 2)).max(initial=0))
@@ -1529,14 +1611,15 @@ def part_of(own:list[Slice], name:dict[str, str], note:str, faults:dict[str, str
     for s in sorted(own, key=lambda s: (s.path, s.number)): files[s.path, id(s.file)][s.number] = s
     whole = lambda s, of: len(of) == s.of
     first = [(next(iter(of.values())), of) for of in files.values()]
-    header = lambda s, of: s.file if whole(s, of) else shared_file(s.file, {k: x.header for k, x in of.items()})
+    header = lambda s, of: s.file if whole(s, of) else (
+        shared_file(s.file, {k: x.header for k, x in of.items()}))
     return Part([(s.path, header(s, of)) for s, of in first],
                 ", ".join(filter(None, (*name.values(), note))), faults, tuple(name))
 
 # %% ../nbs/00_loaders.ipynb #f4a3c035
 def series_groups(
     headers:list[tuple[Path, Dataset]],  # of any images; reads nothing but `HEADER_TAGS` and `SPLIT_TAGS`
-)->dict[str, Part]:  # key -> its files; key is a keyed hash of the series, with '.2', '.3' … for its other parts
+)->dict[str, Part]:  # key -> its files; key: a keyed hash of the series, '.2', '.3' … for its other parts
     "Group images into those that could be one scan each"
     found = []   # (size and first path, series, parts in order)
     for uid, note, files in series_of(headers):
@@ -1637,7 +1720,8 @@ def check_sample(
         options = dict(correct_unused_bits=False, pixel_keyword="PixelData") | as_pixel_options(full)
         x, _ = decoder.as_array(f, index=0, **options)
     if not np.array_equal(x, next(native_frames(path, d))): raise LoadError(
-        f"{path} gives other pixels when pydicom decodes it: its header contradicts itself; save it anew with the program that wrote it")
+        f"{path} gives other pixels when pydicom decodes it: its header contradicts itself; save it anew "
+        "with the program that wrote it")
 
 # %% ../nbs/00_loaders.ipynb #93d8f1f7
 def file_frames(
@@ -1665,14 +1749,17 @@ def stored_frames(
     rows, columns, places = tile_places(d)
     for x in file_frames(path, d):
         grid = x.reshape(rows, x.shape[0] // rows, columns, x.shape[1] // columns, -1)
-        tiles = grid.swapaxes(1, 2).reshape(rows * columns, *grid.shape[1:4:2], *x.shape[2:])   # (R, H, C, W) -> (R * C, H, W)
-        if any(t.min() < t.max() for t in tiles[len(places):]): raise LoadError(f"{path} is a {tiled(d)} of {len(places)} slices, but the tiles behind the last "
+        # (R, H, C, W) -> (R * C, H, W)
+        tiles = grid.swapaxes(1, 2).reshape(rows * columns, *grid.shape[1:4:2], *x.shape[2:])
+        if any(t.min() < t.max() for t in tiles[len(places):]):
+            raise LoadError(f"{path} is a {tiled(d)} of {len(places)} slices, but the tiles behind the last "
             "one are not empty, so that number is wrong; use the file as the scanner wrote it")
         yield from tiles[:len(places)]
 
 # %% ../nbs/00_loaders.ipynb #5d1c07e1
 PROJECTIONS = set("CR DG DX IO MG PX RF RG TG XA".split())   # X-ray pictures: their values have no unit
-PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS PROPCPS MLMINML MLML GML "
+PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS "
+                "PROPCPS MLMINML MLML GML "
     "STDDEV".split())   # C.8.9.1
 
 def value_unit(
@@ -1706,7 +1793,8 @@ def modality_values(
     kind = str(d.PhotometricInterpretation)
     if kind == "PALETTE COLOR": return apply_color_lut(x, d)[..., :3]
     if x.ndim == 3: return x
-    dark = kind == "MONOCHROME1" and not is_calibrated(d)   # turned in a range that is the same in every slice
+    # turned in a range that is the same in every slice
+    dark = kind == "MONOCHROME1" and not is_calibrated(d)
     if lut := d.get("ModalityLUTSequence"):
         y = apply_modality_lut(x, d)
         return (1 << int(lut[0].LUTDescriptor[2])) - 1 - y.astype(np.int64) if dark else y
@@ -1735,12 +1823,14 @@ def read_pixels(
         first, (p, d) = job
         with reading(p, "a DICOM image"):
             chosen = getattr(d, "chosen", None)
-            frames = stored_frames(p, d) if chosen is None else (x for k, x in enumerate(stored_frames(p, d)) if k in chosen)
+            frames = stored_frames(p, d) if chosen is None else (x for k, x in enumerate(stored_frames(p, d))
+                if k in chosen)
             for i, ((_, h), stored) in enumerate(zip(slice_headers([(p, d)]), frames, strict=True), first):
                 y = modality_values(stored, h, place := x[rank[i], :, :, 0] if x.shape[3] == 1 else None)
                 if stored.dtype.kind == "f" and not np.isfinite(y).all(): raise LoadError(f"{p} holds NaN or infinite values; replace them by the background value")
                 if y is not place: x[rank[i]] = y.reshape(y.shape + (1,) * (3 - y.ndim))
-    with QUIET, ThreadPoolExecutor(4) as pool: list(pool.map(fill, zip(np.cumsum([0, *counts]).tolist(), headers)))
+    with QUIET, ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill, zip(np.cumsum([0, *counts]).tolist(), headers)))
     return x
 
 # %% ../nbs/00_loaders.ipynb #5d1c07f1
@@ -1750,7 +1840,8 @@ def region_spacing(
     "The size of the pixels in the calibrated 2D regions of a picture. Source: DICOM PS3.3 C.8.5.5.1"
     units = lambda r: (r.get("PhysicalUnitsXDirection"), r.get("PhysicalUnitsYDirection"))
     regions = d.get("SequenceOfUltrasoundRegions") or ()
-    flat = [r for r in regions if units(r) == (3, 3) and r.get("RegionSpatialFormat") in (None, 1)]   # 3: cm; 1: 2D
+    # 3: cm; 1: 2D
+    flat = [r for r in regions if units(r) == (3, 3) and r.get("RegionSpatialFormat") in (None, 1)]
     steps = [[r.get(name) or math.nan for name in ("PhysicalDeltaY", "PhysicalDeltaX")] for r in flat]
     sizes = np.abs(10 * np.array(steps, float).reshape(-1, 2))   # mm
     agree = len(sizes) > 0 and np.ptp(sizes, axis=0).max() <= 1e-3 * sizes.max()   # False where one is nan
@@ -1802,7 +1893,8 @@ def series_geometry(
     "Where the voxels of one scan are, from its headers"
     frames = slice_headers(headers)
     d = frames[0][1]
-    if len(frames) == 1: return picture_geometry([(frames[0][0], one_slice(d))]) | dict(shape=(d.Rows, d.Columns))
+    if len(frames) == 1:
+        return picture_geometry([(frames[0][0], one_slice(d))]) | dict(shape=(d.Rows, d.Columns))
     _, positions, axes = slice_places(frames)
     between = slice_place(frames[0][1])[9:]   # rows, columns
     step = (positions[-1] - positions[0]) / (len(frames) - 1)
@@ -1837,7 +1929,8 @@ def straighten(
 def refuse_frames(headers:list[tuple[Path, Dataset]], path:Path)->None:
     "Refuse files that hold slices which cannot be told apart, with what is missing and what would help"
     faults = sorted({f for _, d in headers if (f := frame_fault(d))})
-    help = "; use the file as the scanner wrote it, with its private elements, or export it slice by slice" if any(tiled(d) for _, d in headers) else ""
+    help = ("; use the file as the scanner wrote it, with its private elements, or export it slice by slice"
+            if any(tiled(d) for _, d in headers) else "")
     if faults: raise LoadError(f"{path} cannot be cut into slices: {'; '.join(faults)}{help}")
 
 # %% ../nbs/00_loaders.ipynb #f9567ed9
@@ -1875,7 +1968,8 @@ def read_images(
         frames = slice_headers(headers)
         d, patient = frames[0][1], first_value(headers, "PatientID")
         modality = str(d.get("Modality") or "")
-        meta = dict(unit=value_unit(d), modality=modality if modality in MODALITIES else "", format="dicom", codes=(0, 1), qform=None,
+        meta = dict(unit=value_unit(d), modality=modality if modality in MODALITIES else "", format="dicom",
+                    codes=(0, 1), qform=None,
                     patient=keyed_hash(patient) if patient else "") | series_geometry(headers)
         stack, meta["finite"] = len(meta.pop("shape")) == 3, True
         order, positions, axes = slice_places(frames) if stack else ([0], None, None)
@@ -1893,7 +1987,8 @@ def mixed_reasons(groups:dict[str, Part])->list[str]:
     "What several scans in one place have in common and do not, one phrase each"
     series = Counter()
     for k, g in groups.items(): series[k.partition(".")[0]] += len({p for p, _ in g})
-    if len(series) > 1: return [f"{len(series)} series are mixed ({', '.join(map(str, series.values()))} files)"]
+    if len(series) > 1:
+        return [f"{len(series)} series are mixed ({', '.join(map(str, series.values()))} files)"]
     volumes = [g for g in groups.values() if g.words]
     faults = series_faults(Part(h for g in groups.values() for h in g))
     found = [v for k, v in faults.items() if k not in ("copies", "gap", "tilt")]
@@ -1937,7 +2032,8 @@ def read_series(
     if len(files) > 1: path = path.parent
     with reading(path, "a DICOM series"): groups = series_groups(headers)
     if len(groups) > 1: raise LoadError(
-        f"{path} is not one regular volume: {'; '.join(mixed_reasons(groups))}; give the files of one of them")
+        f"{path} is not one regular volume: {'; '.join(mixed_reasons(groups))}; "
+        "give the files of one of them")
     return read_images(next(iter(groups.values())), path, allow)
 
 def read_dicom(
@@ -1951,13 +2047,15 @@ def read_dicom(
     with reading(path, "a DICOM series"):
         if not key:
             refuse_headers(path, headers)
-            if all(frame_fault(d) for _, d in headers): refuse_frames(headers, path)   # no part could be chosen
+            # no part could be chosen
+            if all(frame_fault(d) for _, d in headers): refuse_frames(headers, path)
         kept, copies = leave_out_copies(headers)
         part = choose_part(series_groups(kept), path, key, allow)
         series = {str(d.get("SeriesInstanceUID") or "") for _, d in part}
         again = sum(str(d.get("SeriesInstanceUID") or "") in series for p, d in headers if p in set(copies))
     if again and len(part) > 1: raise LoadError(
-        f"{path} is not one regular volume: copies of its own images in its folder: {again}; remove the copies")
+        f"{path} is not one regular volume: copies of its own images in its folder: {again}; "
+        "remove the copies")
     if "SeriesInstanceUID" in part.note: log.info("%s is read as one series; it has %s", path, part.note)
     return read_images(part, path, allow, deidentified)
 
@@ -1985,7 +2083,7 @@ def picture_head(
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 def load_scan(
-    path:str|Path,             # .nii, .nii.gz, .nrrd, .nhdr, .png, .jpg, .tif, .bmp, .dcm, the folder of a DICOM series, FOLDER#key, FILE.dcm#key, or file.npz#key/index
+    path:str|Path,             # a file, a series' folder, FOLDER#key, FILE.dcm#key or file.npz#key/index
     modality:str|None=None,    # 'mri', 'ct', 'chest_xray', …; a DICOM file says it itself. 'ct' also says that NIfTI and NRRD values are HU
     patient:str|None=None,     # whose scan; only its keyed hash is kept
     allow:tuple[str, ...]=(),  # names in `ALLOW` of what to accept
@@ -1999,13 +2097,18 @@ def load_scan(
         if not (file.parent if file.name == "**" else file).exists(): raise LoadError(f"{file} does not exist; check the path (relative ones start at {Path.cwd()})")
         if name.endswith(".npz"): x, meta = read_npz(file, entry)
         elif file.is_dir() or file.name == "**": x, meta = read_dicom(file, entry, allow, deidentified)
-        elif entry and (name.endswith((*PICTURES, ".nii", ".nii.gz", ".nrrd", ".nhdr")) or picture_head(file)):
-            raise LoadError(f"{file} has no part {entry!r}; only .npz files, DICOM files and folders of DICOM files have parts")
+        elif entry and (name.endswith((*PICTURES, ".nii", ".nii.gz", ".nrrd", ".nhdr"))
+                        or picture_head(file)):
+            raise LoadError(f"{file} has no part {entry!r}; only .npz files, "
+                "DICOM files and folders of DICOM files have parts")
         elif name.endswith(PICTURES) or picture_head(file): x, meta = read_picture(file)
         elif name.endswith((".nii", ".nii.gz")): x, meta = read_nifti(file, allow)
         elif name.endswith((".nrrd", ".nhdr")): x, meta = read_nrrd(file, allow)
-        elif name.endswith((".dcm", ".ima")) or not file.suffix or dicom_header(file): x, meta = read_dicom(file, entry, allow, deidentified)
-        else: raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF, BMP and .npz: convert it to NIfTI")
+        elif name.endswith((".dcm", ".ima")) or not file.suffix or dicom_header(file):
+            x, meta = read_dicom(file, entry, allow, deidentified)
+        else:
+            raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF, "
+                "BMP and .npz: convert it to NIfTI")
         if modality == "ct" and meta["format"] in ("nifti", "nrrd"): meta["unit"] = "HU"
         meta |= dict(modality=modality or meta.get("modality", ""), patient=keyed_hash(patient) if patient else meta.get("patient") or keyed_hash(str(file) + entry))
         return to_scan(x, str(path), **meta)

@@ -81,7 +81,7 @@ class Manners:
     bandwidth:float|None=None       # bytes/s of one connection; None: what the machine gives
     etag:str="auto"                 # of every file; 'auto': one of its own for each; '': none
     ranges:bool=True                # False: whole files only
-    suffix:int=206                  # how bytes=-N, the last N bytes, is answered: 206 serves it, 200 sends all, 416 and others refuse
+    suffix:int=206        # answer to bytes=-N, the last N bytes: 206 serves, 200 sends all, else refuses
     faults:dict[str, float]=field(default_factory=dict)  # kind of FAULTS, or a status such as '503' -> how probable, for files
     api_faults:dict[str, float]=field(default_factory=dict)  # a status -> how probable, for the calls of Kaggle and Hugging Face
     most:int|None=None              # faults in all; None: no end to them

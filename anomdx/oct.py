@@ -27,13 +27,14 @@ from monai.data import ImageReader, MetaTensor
 from monai.utils import ensure_tuple
 from PIL import Image
 
-from .loaders import PICTURES, LoadError, believe, dicom_header, keyed_hash, read_picture, reading, refuse_headers, simplify_channels, stored_frames, to_scan
+from .loaders import (PICTURES, LoadError, believe, dicom_header, keyed_hash, read_picture, reading,
+                            refuse_headers, simplify_channels, stored_frames, to_scan)
 
 # %% ../nbs/01_oct.ipynb #bbe17764
 class OCTVolume(NamedTuple):
     "One volume of a file: its B-scans, not decoded yet, and what the file says about them"
     bscans: list[Callable[[], np.ndarray]]   # each gives (axial, lateral) raw values
-    meta: dict                               # spacing, laterality, unit, patient ('' when the file does not say)
+    meta: dict                               # spacing, laterality, unit, patient ('' when not said)
     finding: str = ""                        # why these B-scans are not one volume
 
 # %% ../nbs/01_oct.ipynb #c669a465
@@ -44,7 +45,8 @@ def oct_spacing(
 )->dict:                      # spacing
     "The three spacings in mm, nan for those that the file does not state"
     values = [math.nan if v is None else float(v) for v in (axial, lateral, step)]
-    return dict(spacing=tuple(v if 1e-6 < v < 100 else math.nan for v in values))   # zero and infinity fail too
+    # zero and infinity fail too
+    return dict(spacing=tuple(v if 1e-6 < v < 100 else math.nan for v in values))
 
 # %% ../nbs/01_oct.ipynb #bae3b755
 def scan_lines(
@@ -180,7 +182,8 @@ def check_stored(
 )->None:
     "Refuse a file whose bytes cannot hold the B-scans that its header says it holds"
     if min(n, height, width) < 1 or n * (height * width * pixel + head) > stored:
-        raise LoadError(f"{path} says it holds {n} B-scans of {height} × {width} pixels, which {stored} bytes cannot hold; copy or download it again")
+        raise LoadError(f"{path} says it holds {n} B-scans of {height} × {width} pixels, which {stored} "
+            "bytes cannot hold; copy or download it again")
 
 
 # %% ../nbs/01_oct.ipynb #08f9e708
@@ -263,7 +266,8 @@ def read_e2e(path:Path)->list[OCTVolume]:
         if data[:21] == b"E2EMultipleVolumeFile": data = data[64:]
         entries = e2e_entries(data, layout)
         pictures = entries[(entries["type"] == 1073741824) & (entries["ind"] == 1)]
-        if pictures["size"].sum(dtype=np.int64) > len(data): raise LoadError(f"{path} says it holds more B-scans than its {len(data)} bytes can hold; "
+        if pictures["size"].sum(dtype=np.int64) > len(data):
+            raise LoadError(f"{path} says it holds more B-scans than its {len(data)} bytes can hold; "
             "copy or download it again")
         series = list(zip(*[entries[k].tolist() for k in ("patient", "study", "series")]))
         has_oct = {key for key, kind, ind in zip(series, entries["type"], entries["ind"]) if kind == 1073741824 and ind == 1}
@@ -410,9 +414,11 @@ def load_oct(
     if "invalid_above" in known:
         bad = ~(x <= known["invalid_above"])   # NaN too
         x, meta["invalid"] = np.where(bad, np.float32(0), x), int(bad.sum())
-    steps = [1. if math.isnan(s) else s for s in known["spacing"]]   # an axis of unknown spacing counts pixels
+    # an axis of unknown spacing counts pixels
+    steps = [1. if math.isnan(s) else s for s in known["spacing"]]
     meta |= dict(modality="oct", format="oct", oriented=False, patient=keyed_hash(patient or known.get("patient") or str(file)))
-    return to_scan(x[None], str(path), affine=np.diag([*steps, 1.]), spacing=known["spacing"][:x.ndim], **meta)
+    return to_scan(x[None], str(path), affine=np.diag([*steps, 1.]),
+                   spacing=known["spacing"][:x.ndim], **meta)
 
 # %% ../nbs/01_oct.ipynb #7fb2aadc
 def reflectivity_to_grey(

@@ -299,7 +299,9 @@ def broken_promises(
         "the range grew": a.min() <= b.min() and b.max() <= a.max(), "shape or type changed": b.shape == a.shape and b.dtype == np.float32 and set(np.unique(m)) <= {0, 1},
         "the seed does not decide": torch.equal(p.image, again.image), "the replay differs": torch.equal(p.image, replay.image) and torch.equal(p.mask, replay.mask),
         "the seed changes nothing": not torch.equal(p.image, elsewhere.image),
-        "geometry or unit changed": not hasattr(x, "meta") or (torch.equal(x.affine, p.image.affine) and x.meta["unit"] == p.image.meta["unit"] and np.array_equal(x.meta["spacing"], p.image.meta["spacing"], equal_nan=True))}
+        "geometry or unit changed": not hasattr(x, "meta") or (torch.equal(x.affine, p.image.affine)
+        and x.meta["unit"] == p.image.meta["unit"] and np.array_equal(x.meta["spacing"],
+        p.image.meta["spacing"], equal_nan=True))}
     return [what for what, held in checks.items() if not held]
 
 # %% ../nbs/14_planting.ipynb #62491a73

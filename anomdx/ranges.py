@@ -342,7 +342,8 @@ def reject(source: HttpSource, span: Span, url: str, r: Answer) -> None:
     said = f"{plain_url(url)} answered HTTP {r.status}"
     with closing(r): body = r.read(2000)
     if span.asks_suffix() and r.status in NO_SUFFIX and b"xpired" not in body: raise NoSuffix(said)
-    if r.status == 416 and (r.headers.get("Content-Range") or "").endswith("*/0"): raise StreamError(f"{plain_url(url)} is an empty file")
+    if r.status == 416 and (r.headers.get("Content-Range") or "").endswith("*/0"):
+        raise StreamError(f"{plain_url(url)} is an empty file")
     if r.status in (408, 425, 429, 500, 502, 503, 504): raise Again(said, r.headers.get("Retry-After"))
     if r.status == 416 and source.size: raise Changed(f"{said}: it has become shorter; open it again")
     if r.status not in (400, 401, 403, 410) or r.status == 400 and b"xpired" not in body: raise StreamError(said)
@@ -363,7 +364,8 @@ def place(source: HttpSource, span: Span, r: Answer) -> tuple[int, int]:
         raise Changed(f"{source.name} is no longer the file that was opened ({source.size} bytes then, {size} now); open it again")
     first, last = (max(size - span.stop, 0), size) if span.start is None else (span.start + span.got, span.stop)
     if not first == begin < stop <= last:
-        if span.asks_suffix(): raise NoSuffix(f"{source.name} takes the last {span.stop} bytes for other ones")
+        if span.asks_suffix():
+            raise NoSuffix(f"{source.name} takes the last {span.stop} bytes for other ones")
         raise StreamError(f"{source.name} sent bytes {begin}-{stop - 1} where {first}-{last - 1} were asked for")
     if source.size is None: source.size, source.etag = size, etag
     return begin, stop

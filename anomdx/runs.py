@@ -24,9 +24,11 @@ from tqdm import tqdm
 from .audit import Baseline, baseline_arrays, baseline_figures, baselines_from
 from .audit import fit_baselines, score_baselines
 from .config import ConfigError, digest, to_yaml
-from .datasets import LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan, read_table, scan_file, scans_below, table_files, tell_left_out
+from .datasets import (LeakError, healthy_rows, in_archive, make_loader, missing_files, open_scan,
+                             read_table, scan_file, scans_below, table_files, tell_left_out)
 from .eval import detection_figures, pixel_figures
-from .experiment import Config, create_dataset, create_detector, check_validation, create_table, fitted_preset, load_config, run, run_config, stored_scans
+from .experiment import (Config, create_dataset, create_detector, check_validation, create_table,
+                               fitted_preset, load_config, run, run_config, stored_scans)
 from .loaders import DataError, atomic_path, keyed_hash, map_suffix, save_map
 from .models import Anomaly, Detector
 from .progressive import LiveTable, stage_table
@@ -346,7 +348,8 @@ def evaluate_robustness(
     scans = stored_scans(run.cfg, rows)
     if run.cfg.transform.spatial_dims == 2:   # lesions of pictures are flat
         scans = (OneSlice()({"image": s})["image"] for s in scans)
-    result = robustness(scans, lambda s: score_stored(run, s), run.threshold["value"], preset, seen=getattr(run.detector, "synthetic", ()),
+    result = robustness(scans, lambda s: score_stored(run, s), run.threshold["value"], preset,
+                        seen=getattr(run.detector, "synthetic", ()),
                         total=len(rows), n_boot=run.cfg.eval.n_boot, seed=run.cfg.seed)
     out = run.folder if table is None and not where else run.folder/"evaluations"/keyed_hash(f"{table} {where}", digits=8)
     with atomic_path(out/"robustness.json") as part: part.write_text(json.dumps(result, indent=1))

@@ -25,8 +25,10 @@ from pydicom.tag import Tag
 from pydicom.uid import UID
 from tqdm import tqdm
 from .loaders import (
-    FRAME_TAGS, HEADER_TAGS, MODALITIES, NUMBERS, QUIET, SPLIT_TAGS, WHOLE, LoadError, first_value, header_findings, keyed_hash,
-    leave_out_copies, load_scan, read_header, read_series, reading, series_faults, series_geometry, series_groups, series_of,
+    FRAME_TAGS, HEADER_TAGS, MODALITIES, NUMBERS, QUIET, SPLIT_TAGS, WHOLE, LoadError, first_value,
+    header_findings, keyed_hash,
+    leave_out_copies, load_scan, read_header, read_series, reading, series_faults, series_geometry,
+    series_groups, series_of,
     slice_headers, to_scan, whole_file)
 
 
@@ -117,7 +119,7 @@ def read_headers(
 # %% ../nbs/05_series.ipynb #329c556f
 class Series(NamedTuple):
     "The files of one scan, named or refused"
-    path: str                    # for `load_scan`: a file, FILE#key, a folder, FOLDER#key, or FOLDER/**#key when it lies in several folders
+    path: str                    # for `load_scan`: FILE, FILE#key, FOLDER, FOLDER#key or FOLDER/**#key
     patient: str                 # keyed hash, '' when the files name none
     study: str                   # keyed hash of the StudyInstanceUID: one visit
     modality: str                # 'CT', 'MR', …
@@ -126,7 +128,7 @@ class Series(NamedTuple):
     files: list[Path]            # every file
     findings: list[str]          # why it is refused; empty when it is one regular volume, or one picture
     parts: int = 1               # into how many its SeriesInstanceUID falls: 3 or more for a localizer
-    note: str = ""               # which of several volumes it is, such as 'EchoTime 30'; how it was found without an identifier
+    note: str = ""               # which volume, such as 'EchoTime 30'; how it was found without an identifier
 
 # %% ../nbs/05_series.ipynb #45b112ff
 def describe_series(
@@ -143,12 +145,16 @@ def describe_series(
             findings = header_findings(images) or [v for k, v in faults.items() if k not in allow]
             if frames := slice_headers(images): d, n = frames[0][1], len(frames)
             if not faults and not findings: geometry = series_geometry(images)
-            known = [v for v in geometry.get("spacing", ()) if geometry["oriented"] or v == v]   # a picture may not know its own
-            if not all(1e-7 < v < 1e6 for v in known): findings, geometry = ["its voxel size is zero or no number"], {}
+            # a picture may not know its own
+            known = [v for v in geometry.get("spacing", ()) if geometry["oriented"] or v == v]
+            if not all(1e-7 < v < 1e6 for v in known):
+                findings, geometry = ["its voxel size is zero or no number"], {}
     except LoadError: findings = ["headers that contradict themselves"]
     shape, modality = (d.Columns, d.Rows, n) if n > 1 else (d.Rows, d.Columns), str(d.get("Modality") or "")
-    return Series(path, hashed("PatientID"), hashed("StudyInstanceUID"), modality if modality in MODALITIES else "", geometry.get("shape", shape),
-                  tuple(map(float, geometry.get("spacing", ()))), [p for p, _ in images], findings, note=getattr(images, "note", ""))
+    return Series(path, hashed("PatientID"), hashed("StudyInstanceUID"), modality if modality in MODALITIES
+                  else "", geometry.get("shape", shape),
+                  tuple(map(float, geometry.get("spacing", ()))), [p for p, _ in images], findings,
+                  note=getattr(images, "note", ""))
 
 # %% ../nbs/05_series.ipynb #f9825b91
 def file_keys(groups:dict[str, list])->dict[tuple[Path, tuple[int, ...]], str]:
@@ -157,7 +163,7 @@ def file_keys(groups:dict[str, list])->dict[tuple[Path, tuple[int, ...]], str]:
 
 def series_path(
     group:list[tuple[Path, pydicom.Dataset]],   # one `Part` of `series_groups`
-    images:list[tuple[Path, pydicom.Dataset]],  # all of its folder, or of its series where that lies in several folders
+    images:list[tuple[Path, pydicom.Dataset]],  # of its folder, or its series in several folders
     alone:bool,                                 # no other image lies in its folder
     known:dict|None=None,                       # `file_keys` that were asked for before
 )->str:
@@ -166,7 +172,8 @@ def series_path(
     folders = {str(p.parent) for p, _ in group}
     root, known = Path(os.path.commonpath(folders)), {} if known is None else known
     shared = hasattr(d, "chosen")
-    doubted = bool(getattr(group, "faults", None))   # such a slice, read alone, would be a picture like any other
+    # such a slice, read alone, would be a picture like any other
+    doubted = bool(getattr(group, "faults", None))
     if len(group) == 1 and not shared and not doubted: return str(first)
     if len(group) == 1 and shared: images, where, near = [(first, whole_file(d))], first, lambda p: True
     elif alone and len(folders) == 1: return str(root)
@@ -212,9 +219,11 @@ def tree_findings(
     deep, folder = folder.endswith("**"), Path(folder.removesuffix("**"))
     near = lambda p: folder in p.parents if deep else folder == p.parent
     found = []
-    if n := sum(u == uid if u else near(p) for p, u in damaged): found.append(f"damaged files in its folder: {n}")
+    if n := sum(u == uid if u else near(p) for p, u in damaged):
+        found.append(f"damaged files in its folder: {n}")
     if n := sum(map(near, copies)): found.append(f"copies of its own images in its folder: {n}")
-    if n := sum(bool(uid) and u == uid for u, _ in missing): found.append(f"files that DICOMDIR lists and that are missing: {n}")
+    if n := sum(bool(uid) and u == uid for u, _ in missing):
+        found.append(f"files that DICOMDIR lists and that are missing: {n}")
     return found
 
 # %% ../nbs/05_series.ipynb #37435b8c
@@ -264,7 +273,8 @@ class SeriesList(list):
     def __repr__(self)->str:
         rows = [("path", "modality", "shape", "mm", "files", "part of", "note", "refused for")]
         for s in self[:40]: rows.append((os.path.relpath(s.path, self.folder), s.modality, " x ".join(map(str, s.shape)),
-            " x ".join("?" if v != v else f"{v:.3g}" for v in s.spacing), str(len(s.files)), str(s.parts), s.note, "; ".join(s.findings)))
+            " x ".join("?" if v != v else f"{v:.3g}" for v in s.spacing), str(len(s.files)), str(s.parts),
+            s.note, "; ".join(s.findings)))
         width = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(v.ljust(w) for v, w in zip(row, width)).rstrip() for row in rows]
         if len(self) > 40: lines.append(f"... and {len(self) - 40} more")
@@ -298,7 +308,9 @@ def find_series(
     missing = [m for p in others.get(DICOMDIR, []) for m in missing_files(p, files)]
     series, others["copy"] = name_series(images, results, damaged, missing, allow)
     made = sum("SeriesInstanceUID" in s.note for s in series)
-    if made: log.info("%s: %d series without a SeriesInstanceUID of their own, put together by folder, study, frame "
+    if made:
+        log.info("%s: %d series without a SeriesInstanceUID of their own, put together by folder, study, "
+        "frame "
                       "of reference and geometry", root, made)
     return SeriesList(series, root, {k: v for k, v in others.items() if v}, [p for _, p in missing])
 

@@ -54,40 +54,53 @@ class End(NamedTuple):
     def fits(self, buf: bytes | bytearray, start: int, max_bytes: int) -> bool:
         "Whether a directory of that length can lie before the record; `buf` begins at `start` of the file"
         at = self.stop - self.length
-        if self.disks or at < self.offset or self.length > max_bytes or self.n * 46 > self.length: return False
+        if self.disks or at < self.offset or self.length > max_bytes or self.n * 46 > self.length:
+            return False
         return at < start or self.length == 0 or bytes(buf[at - start:at - start + 4]) == b"PK\1\2"
 
 def end_records(buf: bytes | bytearray, start: int, name: str) -> Iterator[End]:
     "Each record at the end of a ZIP whose comment ends with the file, the last one first. Source: PKWARE APPNOTE 4.3.14–4.3.16"
     i = buf.rfind(b"PK\5\6")
     while i >= 0:
-        if i + 22 <= len(buf) and i + 22 + struct.unpack_from("<H", buf, i + 20)[0] == len(buf): yield end_record(buf, i, start, name)
+        if i + 22 <= len(buf) and i + 22 + struct.unpack_from("<H", buf, i + 20)[0] == len(buf):
+            yield end_record(buf, i, start, name)
         i = buf.rfind(b"PK\5\6", 0, i)
 
 def end_record(buf: bytes | bytearray, i: int, start: int, name: str) -> End:
     disks, n, length, offset = narrow = struct.unpack_from("<I2xHII", buf, i + 4)
     if buf[i - 20:i - 16] != b"PK\6\7": return End(n, False, disks, length, offset, start + i)
     at = buf.rfind(b"PK\6\6", 0, i - 20)
-    while at >= 0 and at + 12 + int.from_bytes(buf[at + 4:at + 12], "little") != i - 20: at = buf.rfind(b"PK\6\6", 0, at)
+    while at >= 0 and at + 12 + int.from_bytes(buf[at + 4:at + 12], "little") != i - 20:
+        at = buf.rfind(b"PK\6\6", 0, at)
     if at < 0 or at + 56 > i - 20: raise CorruptMember(f"{name} has a broken ZIP64 record")
     disks, *wide = struct.unpack_from("<Q8xQQQ", buf, at + 16)
     for few, many, bits in zip(narrow[1:], wide, (16, 32, 32)):
-        if few not in (2 ** bits - 1, many % 2 ** bits): raise CorruptMember(f"{name} has a ZIP64 record that contradicts the narrow one ({many} and {few})")
+        if few not in (2 ** bits - 1, many % 2 ** bits):
+            raise CorruptMember(f"{name} has a ZIP64 record that contradicts the "
+                f"narrow one ({many} and {few})")
     return End(wide[0], True, disks, wide[1], wide[2], start + at)
 
 
 # %% ../nbs/30_streaming.ipynb #fd35a7a6
-def find_directory(source: Source, max_bytes: int = 256 << 20) -> tuple[int, bool, int, int, bytes | bytearray]:
+def find_directory(source: Source, max_bytes: int = 256 << 20
+    ) -> tuple[int, bool, int, int, bytes | bytearray]:
     "Stated number of members, whether it is wide (64 bits), bytes glued in front, where the directory begins, and the directory"
     start, buf = source.tail(256 << 10)
     ends = list(end_records(buf, start, source.name))
-    if not ends: raise CorruptMember(f"{source.name} has no end-of-directory record: it is cut short, or not a ZIP")
+    if not ends:
+        raise CorruptMember(f"{source.name} has no end-of-directory record: it is cut short, or not a ZIP")
     fitting = [end for end in ends if end.fits(buf, start, max_bytes)]
-    if len(fitting) > 1: raise CorruptMember(f"{source.name} ends in {len(fitting)} records that each name another directory; pack it again")
+    if len(fitting) > 1:
+        raise CorruptMember(f"{source.name} ends in {len(fitting)} records that each name another directory; "
+            "pack it again")
     n, wide, disks, length, offset, stop = (fitting or ends)[0]
-    if disks: raise CorruptMember(f"{source.name} is one part of a split archive; join the parts (zip -s 0 {Path(source.name).name} --out whole.zip)")
+    if disks:
+        raise CorruptMember(f"{source.name} is one part of a split archive; join the parts (zip -s 0 "
+            f"{Path(source.name).name} --out whole.zip)")
     shift = stop - length - offset
-    if not fitting: raise CorruptMember(f"{source.name} has an impossible directory: {n} members in {length} bytes at {offset} of {source.size}")
+    if not fitting:
+        raise CorruptMember(f"{source.name} has an impossible directory: "
+            f"{n} members in {length} bytes at {offset} of {source.size}")
     at = offset + shift
     return n, wide, shift, at, buf[at - start:stop - start] if at >= start else source.read(at, at + length)
 
@@ -132,31 +145,37 @@ def widen(
 # %% ../nbs/30_streaming.ipynb #4f462e2d
 CENTRAL = np.dtype([(n, "<u4" if n in "signature time crc packed size external offset".split() else "<u2") for n in
     "signature made needs flags method time crc packed size name extra comment disk internal external offset".split()]) # 46 bytes
-MEMBER = np.dtype([("offset", "<i8"), ("end", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("name_at", "<i8"), ("name", "<u4"),
-                   ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2"), ("bare", "?"), # bare: a file of its own, no ZIP header
+MEMBER = np.dtype([("offset", "<i8"), ("end", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("name_at", "<i8"),
+                   ("name", "<u4"),
+                   ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2"), ("bare", "?"), # bare: no ZIP header
                    ("name_crc", "<u4")]) # of the name as the archive has it
 
 def read_directory(directory: bytes, n: int, wide: bool = False) -> np.ndarray:
     "The members of a central directory, (n,) of MEMBER; `name_at` is where the name begins in `directory`. Source: APPNOTE 4.3.12"
     starts, p, lengths = array("q"), 0, struct.Struct("<4H").unpack_from
     while p < len(directory) and directory[p:p + 4] != b"PK\5\5": # a signature may follow: APPNOTE 4.3.13
-        broken = f"directory broken at member {len(starts)} of {n}: it is damaged or encrypted; fetch or pack the archive again"
+        broken = (f"directory broken at member {len(starts)} of {n}: it is damaged or encrypted; "
+            "fetch or pack the archive again")
         if p + 46 > len(directory) or directory[p:p + 4] != b"PK\1\2": raise CorruptMember(broken)
         name, extra, comment, disk = lengths(directory, p + 28)
-        if disk not in (0, 0xffff): raise CorruptMember(f"member {len(starts)} lies in another part of a split archive; join the parts")
+        if disk not in (0, 0xffff):
+            raise CorruptMember(f"member {len(starts)} lies in another part of a split archive; "
+                "join the parts")
         starts.append(p)
         p += 46 + name + extra + comment
     if p < len(directory): p += 6 + int.from_bytes(directory[p + 4:p + 6], "little")
     if p != len(directory): raise CorruptMember(f"directory broken at member {len(starts) - 1} of {n}")
     if len(starts) != n and (wide or len(starts) % 65536 != n): # macOS counts so
-        raise CorruptMember(f"the directory holds {len(starts)} members where its last record says {n}; fetch or pack the archive again")
+        raise CorruptMember(f"the directory holds {len(starts)} members where its last record says {n}; "
+            "fetch or pack the archive again")
     members = np.zeros(n := len(starts), MEMBER)
     members["name_at"] = np.frombuffer(starts, np.int64) + 46
     for part in np.split(members, range(4096, n, 4096)): # views; less memory than all rows at once
         rows = anywhere(directory, CENTRAL)[part["name_at"] - 46]
         for k in ("offset", "packed", "size", "name", "crc", "method", "flags"): part[k] = rows[k]
         widen(part, rows, directory, part["name_at"] + rows["name"])
-        part["name_crc"] = [zlib.crc32(directory[i:i + n]) for i, n in zip(part["name_at"].tolist(), part["name"].tolist())]
+        part["name_crc"] = [zlib.crc32(directory[i:i + n]) for i, n in zip(part["name_at"].tolist(),
+            part["name"].tolist())]
     return members
 
 # %% ../nbs/30_streaming.ipynb #2d6e1f04
@@ -220,7 +239,8 @@ class ZipIndex:
         return select_members(self, suffix, prefix, **limits)
 
 # %% ../nbs/30_streaming.ipynb #d56b292c
-METHODS = {1: "Shrink", 6: "Implode", 9: "Deflate64", 10: "PKWARE Implode", 12: "bzip2", 14: "LZMA", 20: "zstd", 93: "zstd", 95: "XZ", 96: "JPEG",
+METHODS = {1: "Shrink", 6: "Implode", 9: "Deflate64", 10: "PKWARE Implode", 12: "bzip2", 14: "LZMA",
+           20: "zstd", 93: "zstd", 95: "XZ", 96: "JPEG",
            97: "WavPack", 98: "PPMd", 99: "AES"} # Source: APPNOTE 4.4.5
 MAX_SIZE, MAX_RATIO = 512 << 20, 200 # bytes of one member; size / packed size of members over 1 MB
 
@@ -229,7 +249,7 @@ def select_members(
     suffix: str | tuple[str, ...], # in lower case; "" for any
     prefix: str = "",              # such as "images_001/"
     max_size: int = MAX_SIZE,      # bytes of one member
-    max_ratio: int = MAX_RATIO,    # size / packed size of members over 1 MB; sparse masks in .nii may need more
+    max_ratio: int = MAX_RATIO,    # size / packed size of members over 1 MB; sparse .nii masks may need more
 ) -> np.ndarray: # ids, int64, in the order of the directory
     "The members that can be read and are meant; those that are meant and cannot be read are counted in the log, once"
     ids = np.flatnonzero([is_meant(name, suffix, prefix) for name in index.each_name()])
@@ -237,8 +257,10 @@ def select_members(
     if why: tell_once(index, why, len(ids))
     return ids[[int(j) not in why for j in ids]].astype(np.int64)
 
-def is_meant(name: str, suffix: str | tuple[str, ...], prefix: str) -> bool: # neither a folder nor what macOS adds
-    return name.lower().endswith(suffix) and name.startswith(prefix) and name[-1:] not in ("", "/") and "__MACOSX" not in name.split("/")
+# neither a folder nor what macOS adds
+def is_meant(name: str, suffix: str | tuple[str, ...], prefix: str) -> bool:
+    return (name.lower().endswith(suffix) and name.startswith(prefix) and name[-1:] not in ("", "/")
+            and "__MACOSX" not in name.split("/"))
 
 # %% ../nbs/30_streaming.ipynb #2d6e1f06
 log = logging.getLogger("anomdx.streaming")
@@ -246,16 +268,22 @@ log = logging.getLogger("anomdx.streaming")
 def packing(method: int, flags: int) -> str: # '' where it is read
     if flags & 0x2041 or method == 99: return "encrypted"
     if flags & 0x20: return "patches of other files"
-    return "" if method in (0, 8) else f"packed by {METHODS.get(method, 'an unknown method')} (method {method})"
+    return ("" if method in (0, 8)
+            else f"packed by {METHODS.get(method, 'an unknown method')} (method {method})")
 
-def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE, max_ratio: int = MAX_RATIO) -> dict[int, str]:
+def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE,
+              max_ratio: int = MAX_RATIO) -> dict[int, str]:
     "Why each of these members is not read, for those that are not"
     m = index.members[ids]
     packings = {(a, b): packing(a, b) for a, b in set(zip(m["method"].tolist(), m["flags"].tolist()))}
-    why = {int(j): packings[a, b] for j, a, b in zip(ids, m["method"].tolist(), m["flags"].tolist()) if packings[a, b]}
-    faults = {"in one place with another member": m["end"] <= m["offset"], f"larger than {max_size} bytes": m["size"] > max_size,
-              f"packed more than {max_ratio}-fold": (m["size"] > 1 << 20) & (m["size"] // max_ratio > m["packed"]),
-              "named as outside the archive": ~np.fromiter(map(safe_name, index.each_name(ids)), bool, len(ids))}
+    why = {int(j): packings[a, b] for j, a, b in zip(ids, m["method"].tolist(), m["flags"].tolist())
+           if packings[a, b]}
+    faults = {"in one place with another member": m["end"] <= m["offset"],
+              f"larger than {max_size} bytes": m["size"] > max_size,
+              f"packed more than {max_ratio}-fold": (m["size"] > 1 << 20)
+                  & (m["size"] // max_ratio > m["packed"]),
+              "named as outside the archive": ~np.fromiter(map(safe_name, index.each_name(ids)),
+                                                           bool, len(ids))}
     for reason, holds in faults.items():
         for j in ids[holds].tolist(): why.setdefault(j, reason)
     return why
@@ -263,7 +291,8 @@ def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE, max_ra
 def tell_once(index: ZipIndex, why: dict[int, str], n: int) -> None:
     "One line in the log for what is left out of `n` members"
     said = ", ".join(f"{k} {reason}" for reason, k in Counter(why.values()).most_common())
-    line = f"{index.name_of}: {len(why)} of {n} members are left out: {said}, such as {index.name(min(why))!r}; unpack it and pack it again by deflate to use them"
+    line = (f"{index.name_of}: {len(why)} of {n} members are left out: {said}, such as "
+        f"{index.name(min(why))!r}; unpack it and pack it again by deflate to use them")
     if line not in index.told: log.warning("%s", line)
     index.told.add(line)
 
@@ -274,7 +303,9 @@ def unicode_name(raw: bytes, extra: bytes) -> bytes | None:
     at = 0
     while at + 9 <= len(extra):
         kind, n = struct.unpack_from("<HH", extra, at)
-        if kind == 0x7075 and extra[at + 4] == 1 and extra[at + 5:at + 9] == zlib.crc32(raw).to_bytes(4, "little"): return extra[at + 9:at + 4 + n]
+        if kind == 0x7075 and extra[at + 4] == 1 and extra[at + 5:at + 9] == zlib.crc32(raw).to_bytes(4,
+                "little"):
+            return extra[at + 9:at + 4 + n]
         at += 4 + n
     return None
 
@@ -291,8 +322,10 @@ def keep_names(members: np.ndarray, directory: bytes | bytearray) -> bytearray:
     for m in members:
         at, n = int(m["name_at"]), int(m["name"])
         raw = bytes(directory[at:at + n])
-        extra = bytes(directory[at + n:at + n + int.from_bytes(directory[at - 16:at - 14], "little")]) if extras else b""
-        if b"up" in extra or b"\\" in raw or not raw.isascii(): raw = read_name(raw, int(m["flags"]), extra).encode()
+        extra = bytes(directory[at + n:at + n + int.from_bytes(directory[at - 16:at - 14],
+            "little")]) if extras else b""
+        if b"up" in extra or b"\\" in raw or not raw.isascii():
+            raw = read_name(raw, int(m["flags"]), extra).encode()
         m["name"], m["flags"] = len(raw), m["flags"] | 0x800
         names += raw
     members["name_at"] = np.cumsum(members["name"], dtype=np.int64) - members["name"]
@@ -305,7 +338,8 @@ def open_index(source: Source, cache: str | Path | None = None) -> ZipIndex:
         if source.size is None: source.tail(1)
         try:
             with np.load(cache, allow_pickle=False) as kept:
-                index = ZipIndex(kept["members"], kept["directory"].tobytes(), int(kept["size"]), str(kept["etag"]) or None, source.name)
+                index = ZipIndex(kept["members"], kept["directory"].tobytes(), int(kept["size"]),
+                                 str(kept["etag"]) or None, source.name)
             if index.members.dtype == MEMBER and index.etag and (index.size, index.etag) == (source.size, source.etag): return index
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): pass # a broken file is as good as none
     n, wide, shift, at, directory = find_directory(source)
@@ -326,15 +360,19 @@ def save_index(index: ZipIndex, path: str | Path) -> None:
 # %% ../nbs/30_streaming.ipynb #7a418903
 def body_at(index: ZipIndex, j: int, blob: bytes | bytearray, at: int) -> int:
     "Where in `blob` the data of member `j` begins whose header is at `at`; the header must name the member. Source: APPNOTE 4.3.7"
-    if blob[at:at + 4] != b"PK\3\4" or len(blob) < at + 30: raise CorruptMember(f"{index.name(j)} has no header where the directory says")
+    if blob[at:at + 4] != b"PK\3\4" or len(blob) < at + 30:
+        raise CorruptMember(f"{index.name(j)} has no header where the directory says")
     n, extra = struct.unpack_from("<HH", blob, at + 26)
-    if zlib.crc32(blob[at + 30:at + 30 + n]) != index.members["name_crc"][j]: raise CorruptMember(f"{index.name(j)} is not what its header says")
+    if zlib.crc32(blob[at + 30:at + 30 + n]) != index.members["name_crc"][j]:
+        raise CorruptMember(f"{index.name(j)} is not what its header says")
     return at + 30 + n + extra
 
 # %% ../nbs/30_streaming.ipynb #562bc298
 def check_packing(index: ZipIndex, j: int) -> None:
     why = packing(int(index.members["method"][j]), int(index.members["flags"][j]))
-    if why: raise UnreadableMember(f"{index.name(j)} is {why}, which is not read; unpack {index.name_of} and pack it again by deflate (zip -r)")
+    if why:
+        raise UnreadableMember(f"{index.name(j)} is {why}, which is not read; unpack {index.name_of} and "
+            "pack it again by deflate (zip -r)")
 
 def unpack(index: ZipIndex, j: int, blob: bytes | bytearray, base: int) -> bytes:
     "Member `j`, checked, out of `blob`, which holds the archive's bytes from `base` on"
@@ -525,7 +563,8 @@ def join_indices(
     members = np.concatenate([i.members for i in indices])
     shift, name_shift = (np.repeat(s[:-1], [len(i) for i in indices]) for s in (shifts, name_shifts)) # (n,)
     for k, by in (("offset", shift), ("end", shift), ("name_at", name_shift)): members[k] += by
-    return ZipIndex(members, b"".join(i.directory for i in indices), size, etag, indices[0].name_of if len(indices) == 1 else f"{indices[0].name_of} and others")
+    return ZipIndex(members, b"".join(i.directory for i in indices), size, etag, indices[0].name_of
+                    if len(indices) == 1 else f"{indices[0].name_of} and others")
 
 # %% ../nbs/30_streaming.ipynb #df20a0de
 def folder_index(source: FolderSource) -> ZipIndex:
@@ -664,15 +703,20 @@ def iter_zip(
         why = packing(method, flags)
         wanted = is_meant(name, suffix, prefix) and safe_name(name) and not why
         if why and is_meant(name, suffix, prefix): left_out[why] += 1
-        if why and flags & 8: raise UnreadableMember(f"{name} is {why}, and where it ends is not known in one pass; unpack the archive and pack it again by deflate (zip -r)")
+        if why and flags & 8:
+            raise UnreadableMember(f"{name} is {why}, and where it ends is not known in one pass; unpack the "
+                "archive and pack it again by deflate (zip -r)")
         data, found = None, (crc, packed, size)
-        if method == 8 and not why and (wanted or flags & 8): data, *found = inflate(tap, max_size if wanted else -1, max_ratio)
+        if method == 8 and not why and (wanted or flags & 8):
+            data, *found = inflate(tap, max_size if wanted else -1, max_ratio)
         elif method == 0 and wanted and packed <= max_size: data, found = (d := tap.take(packed)), (zlib.crc32(d), packed, len(d))
         else: skip(tap, packed)
         if not (pass_descriptor(tap, *found) if flags & 8 else tuple(found) == (crc, packed, size)):
             raise CorruptMember(f"{name} does not have the length and checksum it should, or cannot be read in one pass")
         if wanted and data is not None: yield name, data
-    if left_out: log.warning("one pass over an archive left out %s; unpack it and pack it again by deflate", ", ".join(f"{k} members {w}" for w, k in left_out.items()))
+    if left_out:
+        log.warning("one pass over an archive left out %s; unpack it and pack it again by deflate",
+                    ", ".join(f"{k} members {w}" for w, k in left_out.items()))
     if signature not in (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\10"): raise CorruptMember("not a ZIP, or one with other bytes between its members")
 
 def skip(tap: Tap, n: int) -> None:

@@ -272,7 +272,8 @@ def decathlon_rows(
     rows = [{"path": i["image"], "mask": i["label"] if isinstance(i.get("label"), str) else "", "part": part}
             | {k if k != "label" else "class": str(v) for k, v in i.items() if k not in ("image", "path", "mask", "part") and isinstance(v, str | int | float) and (k != "label" or not isinstance(v, str))}
             for part, i in items]
-    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=None if rows else ["path"], dtype=str).fillna("")
+    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), columns=None if rows else ["path"],
+                         dtype=str).fillna("")
     root = Path(path).parent
     listed = {os.path.normpath(r[key]) for r in rows for key in ("path", "mask") if r[key]}
     beside = {os.path.dirname(p) for p in listed}

@@ -111,7 +111,8 @@ def voxel_size(
     scan:MetaTensor,         # Scan (C, *S)
 )->tuple[float, ...]:        # mm along each axis, nan where it is not known
     "How large a voxel is. Plain floats: this runs once per scan, and NumPy takes longer to start than to finish"
-    steps = [math.sqrt(a * a + b * b + c * c) for a, b, c in list(zip(*scan.affine[:3].tolist()))[:scan.ndim - 1]]
+    steps = [math.sqrt(a * a + b * b + c * c)
+             for a, b, c in list(zip(*scan.affine[:3].tolist()))[:scan.ndim - 1]]
     stated = scan.meta.get("spacing", steps)
     if len(stated) != len(steps): stated = steps
     return tuple(math.nan if math.isnan(known) else s for s, known in zip(steps, stated))
@@ -127,9 +128,11 @@ def fitted_shape(
     if unknown and (spacing or len(unknown) < len(voxel)):
         what = f"transform.spacing={spacing} mm" if spacing else "a picture in proportion"
         where, other = ", ".join(map(str, unknown)), "leave transform.spacing empty, or " if spacing else ""
-        raise DataError(f"does not say how large its pixels are along axis {where}, which {what} needs; {other}write their "
+        raise DataError(f"does not say how large its pixels are along axis {where}, which {what} needs; "
+        f"{other}write their "
                         "size in mm into a DICOM, NIfTI or NRRD file")
-    if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)   # pixels may be known to be no squares
+    # pixels may be known to be no squares
+    if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)
     mm = [v * n for v, n in zip(voxel, scan.shape[1:])]
     shape = tuple(max(1, round(v / (spacing or max(mm) / size))) for v in mm)
     if max(shape) > size: raise DataError(f"is {' × '.join(f'{v:.4g}' for v in mm)} mm; at {spacing} mm per pixel it needs size={max(shape)}, "
@@ -294,7 +297,8 @@ def mri_steps(cfg:MRIConfig, learned:Any=None)->list[Callable]:
 # %% ../nbs/10_transforms.ipynb #e58bff2e
 def _body(x:MetaTensor)->np.ndarray:
     steps = np.asarray(x.affine)[:3, :3]
-    feet = int(np.abs(steps[2] / np.linalg.norm(steps, axis=0)).argmax())   # the axis that runs from head to feet
+    # the axis that runs from head to feet
+    feet = int(np.abs(steps[2] / np.linalg.norm(steps, axis=0)).argmax())
     return body_mask(x.numpy(), feet if x.meta.get("oriented") and x.ndim == 4 else -1)
 
 class Windows(MapTransform):
@@ -408,7 +412,8 @@ class Pipeline:
     def __init__(self, cfg:TransformConfig, learned:Any=None):
         self.cfg, self.learned = cfg, learned
         steps = PRESETS[cfg.preset].steps(cfg, learned)
-        self.steps = [*[OneSlice()] * (cfg.spatial_dims == 2), *steps]   # MONAI's `Compose(preset.steps)` runs them too
+        # MONAI's `Compose(preset.steps)` runs them too
+        self.steps = [*[OneSlice()] * (cfg.spatial_dims == 2), *steps]
 
     def run(self, scan:MetaTensor, mask:torch.Tensor|None, steps:list[Callable])->dict[str, MetaTensor]:
         "Some of the steps, on a copy"

@@ -31,7 +31,8 @@ import pydicom
 from PIL import Image, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scans import block, dataset, image_header, write_enhanced, write_mosaic, write_series, write_tomogram, write_vframe
+from scans import (block, dataset, image_header, write_enhanced, write_mosaic, write_series,
+                   write_tomogram, write_vframe)
 
 SECONDS, BYTES = 5., 1 << 30
 BOMB = 2 << 30   # what a bomb unpacks to
@@ -232,7 +233,8 @@ HOSTILE = ["", "0", "-1", "1", "nan", "inf", "-inf", "1e308", "1e-308", "9999999
 AIMED = ["Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation", "NumberOfFrames",
          "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "SeriesInstanceUID",
          "SOPClassUID", "Modality", "PatientID", "SpecificCharacterSet", "PixelPaddingValue", "RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
-         "ModalityLUTSequence", "BurnedInAnnotation", "ExtendedOffsetTable", "ImageType", "SliceVector", "TimeSlotVector", "NumberOfSlices", "DetectorInformationSequence"]
+         "ModalityLUTSequence", "BurnedInAnnotation", "ExtendedOffsetTable", "ImageType", "SliceVector",
+         "TimeSlotVector", "NumberOfSlices", "DetectorInformationSequence"]
 
 
 def lie_dicom(b, dice, others):

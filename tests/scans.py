@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, NuclearMedicineImageStorage, generate_uid
+from pydicom.uid import (CTImageStorage, EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage,
+                         NuclearMedicineImageStorage, generate_uid)
 
 DATA = os.environ.get("ANOMDX_DATA", "")   # a folder with dicom_series/ and ct3d_chest_samples/; most tests do without
 RAS = np.diag([-1., -1, 1, 1])             # DICOM counts towards left and posterior
@@ -124,18 +125,24 @@ def tile_picture(voxels, rows, columns):
 def slice_header(kind, voxels, spacing, turn, nod, origin, **changes):
     "Header of one slice, the direction of its rows and columns, and the affine of the volume to RAS mm"
     row, column = axes(turn, nod)
-    d = image_header(kind, Modality="MR", SliceThickness=spacing[2] * .8, SpacingBetweenSlices=spacing[2], PixelSpacing=[float(s) for s in spacing[:2]],
-                     Rows=voxels.shape[1], Columns=voxels.shape[2], ImageOrientationPatient=[float(f"{v:.9f}") for v in (*row, *column)], **changes)
+    d = image_header(kind, Modality="MR", SliceThickness=spacing[2] * .8, SpacingBetweenSlices=spacing[2],
+                     PixelSpacing=[float(s) for s in spacing[:2]],
+                     Rows=voxels.shape[1], Columns=voxels.shape[2], ImageOrientationPatient=[float(f"{v:.9f}")
+                     for v in (*row, *column)], **changes)
     for name in ("RescaleIntercept", "RescaleSlope"): delattr(d, name)
     step = spacing[2] * np.cross(row, column)
-    return d, row, column, RAS @ np.array([[*(row * spacing[1]), 0], [*(column * spacing[0]), 0], [*step, 0], [*origin, 1]]).T
+    return d, row, column, RAS @ np.array([[*(row * spacing[1]), 0], [*(column * spacing[0]), 0], [*step, 0],
+                                           [*origin, 1]]).T
 
 
-def write_mosaic(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(-20., 30., 5.), up=1, block=0, edit=None, **changes):
+def write_mosaic(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(-20., 30., 5.), up=1, block=0,
+                 edit=None, **changes):
     """`voxels` (slices, rows, columns) as a Siemens mosaic; returns voxel (column, row, slice) -> RAS mm.
 
     `up` -1 stacks against the normal of rows and columns; `block` other creators come first; `edit` changes the data set."""
-    d, row, column, affine = slice_header(MRImageStorage, voxels, spacing, turn, nod, origin, Manufacturer="SIEMENS", ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
+    d, row, column, affine = slice_header(MRImageStorage, voxels, spacing, turn, nod, origin,
+                                          Manufacturer="SIEMENS", ImageType=["ORIGINAL", "PRIMARY", "M",
+        "ND", "MOSAIC"])
     n, h, w = voxels.shape
     side = int(np.ceil(n ** .5))
     picture = tile_picture(voxels, side, side)
@@ -145,7 +152,8 @@ def write_mosaic(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(
     for group in (0x19, 0x29):
         for k in range(block): d.private_block(group, f"ANOTHER {k}", create=True).add_new(0x0a, "LO", "none")
     d.private_block(0x19, "SIEMENS MR HEADER", create=True).add_new(0x0a, "US", n)
-    d.private_block(0x29, "SIEMENS CSA HEADER", create=True).add_new(0x10, "OB", csa_block(NumberOfImagesInMosaic=[n], SliceNormalVector=up * np.cross(row, column)))
+    d.private_block(0x29, "SIEMENS CSA HEADER", create=True).add_new(0x10, "OB",
+        csa_block(NumberOfImagesInMosaic=[n], SliceNormalVector=up * np.cross(row, column)))
     for name, v in changes.items(): setattr(d, name, v)
     if edit: edit(d)
     d.save_as(path, enforce_file_format=True)
@@ -153,9 +161,12 @@ def write_mosaic(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(
     return affine
 
 
-def write_vframe(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(-20., 30., 5.), edit=None, **changes):
+def write_vframe(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(-20., 30., 5.),
+                 edit=None, **changes):
     "`voxels` (slices, rows, columns) as a United Imaging VFRAME picture; returns voxel (column, row, slice) -> RAS mm"
-    d, row, column, affine = slice_header(MRImageStorage, voxels, spacing, turn, nod, origin, Manufacturer="UIH", ImageType=["ORIGINAL", "PRIMARY", "M", "VFRAME"])
+    d, row, column, affine = slice_header(MRImageStorage, voxels, spacing, turn, nod, origin,
+                                          Manufacturer="UIH",
+                                          ImageType=["ORIGINAL", "PRIMARY", "M", "VFRAME"])
     n = len(voxels)
     columns = int(np.ceil(n ** .5))
     picture = tile_picture(voxels, -(-n // columns), columns)
@@ -163,19 +174,25 @@ def write_vframe(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(
     block = d.private_block(0x65, "Image Private Header", create=True)
     block.add_new(0x50, "DS", str(n))
     places = [np.add(origin, k * spacing[2] * np.cross(row, column)) for k in range(n)]
-    block.add_new(0x51, "SQ", [dataset(ImagePositionPatient=[float(f"{v:.7f}") for v in p], AcquisitionTime=f"1011{k:02d}") for k, p in enumerate(places)])
+    block.add_new(0x51, "SQ",
+                  [dataset(ImagePositionPatient=[float(f"{v:.7f}") for v in p],
+        AcquisitionTime=f"1011{k:02d}") for k, p in enumerate(places)])
     for name, v in changes.items(): setattr(d, name, v)
     if edit: edit(d)
     d.save_as(path, enforce_file_format=True)
     return affine
 
 
-def write_tomogram(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(-20., 30., 5.), kind="RECON TOMO", edit=None, **changes):
+def write_tomogram(path, voxels, spacing=(1.5, .75, 3.), turn=0., nod=0., origin=(-20., 30., 5.),
+                   kind="RECON TOMO", edit=None, **changes):
     "`voxels` (slices, rows, columns) as one nuclear medicine file; returns voxel (column, row, slice) -> RAS mm"
-    d, row, column, affine = slice_header(NuclearMedicineImageStorage, voxels, spacing, turn, nod, origin, ImageType=["ORIGINAL", "PRIMARY", kind, "EMISSION"])
+    d, row, column, affine = slice_header(NuclearMedicineImageStorage, voxels, spacing, turn, nod, origin,
+                                          ImageType=["ORIGINAL", "PRIMARY", kind, "EMISSION"])
     n = len(voxels)
-    d.Modality, d.NumberOfFrames, d.NumberOfSlices, d.FrameIncrementPointer, d.SliceVector = "NM", n, n, 0x00540080, list(range(1, n + 1))
-    d.DetectorInformationSequence = [dataset(ImagePositionPatient=[float(v) for v in origin], ImageOrientationPatient=d.ImageOrientationPatient)]
+    d.Modality, d.NumberOfFrames, d.NumberOfSlices, d.FrameIncrementPointer, d.SliceVector = ("NM", n, n,
+        0x00540080, list(range(1, n + 1)))
+    d.DetectorInformationSequence = [dataset(ImagePositionPatient=[float(v) for v in origin],
+                                             ImageOrientationPatient=d.ImageOrientationPatient)]
     del d.ImageOrientationPatient
     d.PixelData = voxels.astype("<i2").tobytes()
     for name, v in changes.items(): setattr(d, name, v)

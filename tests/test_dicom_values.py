@@ -12,7 +12,8 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.tag import Tag
 from pydicom.uid import (ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian,
-                         JPEGBaseline8Bit, PositronEmissionTomographyImageStorage, RLELossless, UltrasoundImageStorage)
+                         JPEGBaseline8Bit, PositronEmissionTomographyImageStorage, RLELossless,
+                         UltrasoundImageStorage)
 
 from anomdx.loaders import LoadError, load_scan
 from anomdx.series import find_series
@@ -113,7 +114,8 @@ def test_no_name_in_a_refusal(tmp_path):
         path = rewrite(picture(tmp_path/"one"), ("PixelSpacing", "DS", value))
         with pytest.raises(LoadError, match="holds a text of 8 characters, not 2 numbers"): load_scan(path)
     rewrite(path, ("PixelSpacing", "DS", rb"0;75\0;75 "))
-    with pytest.raises(LoadError, match=r"PixelSpacing \(0028,0030\) holds '0;75\\0;75', not 2"): load_scan(path)
+    with pytest.raises(LoadError, match=r"PixelSpacing \(0028,0030\) holds '0;75\\0;75', not 2"):
+        load_scan(path)
 
 
 def test_what_a_volume_does_not_need_does_not_matter(tmp_path):
@@ -252,11 +254,13 @@ def test_compressed_or_not(tmp_path):
     assert b.count(RLELossless.encode()) == 1
     name = ExplicitVRLittleEndian.encode()
     p.write_bytes(b.replace(RLELossless.encode(), name.ljust(len(RLELossless), b"\0")))
-    with pytest.raises(LoadError, match="Explicit VR Little Endian, but PixelData .* is compressed"): load_scan(p)
+    with pytest.raises(LoadError, match="Explicit VR Little Endian, but PixelData .* is compressed"):
+        load_scan(p)
 
 
 # Fields that are missing --------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
+@pytest.mark.parametrize("name", ["SamplesPerPixel", "PhotometricInterpretation",
+                                  "BitsAllocated", "BitsStored",
     "PixelRepresentation", "PixelData", "Rows", "Columns"])
 def test_a_missing_field_is_named(tmp_path, name):
     write_series(tmp_path/"ct", VOXELS)
@@ -273,18 +277,21 @@ def test_high_bit_is_one_less_than_the_bits_stored(tmp_path):
 
 
 # What values mean ---------------------------------------------------------------------------------------
-PET = dict(SOPClassUID=PositronEmissionTomographyImageStorage, Modality="PT", RescaleSlope=.5, RescaleIntercept=0)
+PET = dict(SOPClassUID=PositronEmissionTomographyImageStorage, Modality="PT", RescaleSlope=.5,
+           RescaleIntercept=0)
 WORLD = [dataset(RealWorldValueSlope=1., RealWorldValueIntercept=0.)]
 
 
 @pytest.mark.parametrize("fields, slope, intercept, dark, unit", [
-    (dict(Modality="CT"), 1, -1024, False, "HU"), (dict(Modality="CT", RescaleType="HU"), 1, -1024, False, "HU"),
+    (dict(Modality="CT"), 1, -1024, False, "HU"), (dict(Modality="CT", RescaleType="HU"), 1,
+    -1024, False, "HU"),
     (PET | dict(Units="BQML"), .5, 0, False, "BQML"), (PET | dict(Units="GML"), .5, 0, False, "GML"),
     (PET | dict(Units="DOE"), .5, 0, False, "a.u."), (PET, .5, 0, False, "a.u."),
     (dict(Modality="MR", RescaleType="US"), 1, -1024, True, "a.u."),
     (dict(Modality="OT", RescaleType="OD"), 1, -1024, False, "a.u."),
     (dict(Modality="MR", RealWorldValueMappingSequence=WORLD), 1, -1024, False, "a.u."),
-    *((dict(Modality=m, RescaleType="US"), 1, -1024, True, "a.u.") for m in ("DX", "CR", "MG", "RG", "XA", "OT")),
+    *((dict(Modality=m, RescaleType="US"), 1, -1024, True, "a.u.") for m in ("DX", "CR", "MG",
+    "RG", "XA", "OT")),
     (dict(Modality="CT", RescaleSlope=None, RescaleIntercept=None), 1, 0, True, "a.u.")])
 def test_polarity_is_display(tmp_path, fields, slope, intercept, dark, unit):
     x = np.abs(VOXELS[0]) & 0xfff
@@ -293,7 +300,8 @@ def test_polarity_is_display(tmp_path, fields, slope, intercept, dark, unit):
     scan = load_scan(picture(tmp_path/"one", **(kind | fields)))
     np.testing.assert_allclose(scan[0], ((4095 - x) if dark else x) * slope + float(intercept), rtol=1e-6)
     assert scan.meta["unit"] == unit
-    plain = load_scan(picture(tmp_path/"two", **(kind | fields | dict(PhotometricInterpretation="MONOCHROME2"))))
+    plain = load_scan(picture(tmp_path/"two",
+                              **(kind | fields | dict(PhotometricInterpretation="MONOCHROME2"))))
     np.testing.assert_allclose(plain[0], x * slope + float(intercept), rtol=1e-6)
 
 
@@ -304,14 +312,16 @@ def test_modality_lut_takes_stored_values(tmp_path, modality, dark):
     lut = dataset(LUTDescriptor=[256, 0, 16], LUTData=table.tobytes(), ModalityLUTType="US")
     lut["LUTData"].VR = "OW"
     lut["LUTDescriptor"].VR = "US"
-    path = picture(tmp_path/"one", Modality=modality, PhotometricInterpretation="MONOCHROME1", **BYTES, RescaleSlope=None,
+    path = picture(tmp_path/"one", Modality=modality, PhotometricInterpretation="MONOCHROME1", **BYTES,
+                   RescaleSlope=None,
                    RescaleIntercept=None, ModalityLUTSequence=[lut], PixelData=x.tobytes())
     np.testing.assert_array_equal(load_scan(path)[0], 65535. - table[x] if dark else table[x])
 
 
 def test_a_comma_that_may_stand_for_thousands_is_refused(tmp_path):
     "-1,024 HU may be -1024 or -1.024"
-    file = rewrite(picture(tmp_path/"a"), ("RescaleIntercept", "DS", b"-1,024"), ("RescaleSlope", "DS", b"1 "))
+    file = rewrite(picture(tmp_path/"a"), ("RescaleIntercept", "DS", b"-1,024"),
+                   ("RescaleSlope", "DS", b"1 "))
     with pytest.raises(LoadError, match="RescaleIntercept.*-1,024"): load_scan(file)
     assert "-1,024" in find_series(tmp_path/"a")[0].findings[0]
 

@@ -19,8 +19,10 @@ def site():
     pytest.importorskip("smalldocs", reason="smalldocs needs Python 3.11")
     folder = ROOT/"_docs"
     sources = [*NOTEBOOKS, ROOT/"_quarto.yml", ROOT/"nbs"/"site.css"]
-    if not (folder/"index.html").exists() or (folder/"index.html").stat().st_mtime < max(p.stat().st_mtime for p in sources):
-        subprocess.run([sys.executable, ROOT/"tools"/"docs.py"], cwd=ROOT)   # what it finds is found again below
+    if not (folder/"index.html").exists() or (folder/"index.html").stat().st_mtime < max(p.stat().st_mtime
+            for p in sources):
+        # what it finds is found again below
+        subprocess.run([sys.executable, ROOT/"tools"/"docs.py"], cwd=ROOT)
     return folder
 
 
@@ -43,7 +45,8 @@ def test_the_front_page_says_how_to_begin(site):
 def test_the_widths_of_the_site_come_from_its_own_style_sheet(site):
     "110 columns of code at 1280 px need it; its settings for Quarto are no warning of smalldocs."
     assert (site/"site.css").read_text() == (ROOT/"nbs"/"site.css").read_text()
-    assert all('href="site.css"' in (site/p).read_text(encoding="utf-8") for p in ("index.html", "loaders.html"))
+    assert all('href="site.css"' in (site/p).read_text(encoding="utf-8")
+               for p in ("index.html", "loaders.html"))
     assert "grid" in yaml.safe_load((ROOT/"_quarto.yml").read_text())["format"]["html"]
 
 
@@ -82,11 +85,15 @@ x = "fence"
 
 
 def test_markdown_is_taken_apart():
-    assert docs.paragraphs(MARKDOWN) == ["Title", "purpose of it", "A first paragraph with code, a link and 'quotes' -- and a dash on two lines.",
-        "an item", "inside another", "numbered", "head", "of a table", "cell", "of one", 'x = "fence"\n', "indented\n", "A heading"]
+    assert docs.paragraphs(MARKDOWN) == ["Title", "purpose of it", "A first paragraph with code, a link and "
+    "'quotes' -- and a dash on two lines.",
+        "an item", "inside another", "numbered", "head", "of a table", "cell", "of one", 'x = "fence"\n',
+        "indented\n", "A heading"]
 
 
-@pytest.mark.parametrize("lost", ["Title", "purpose of <em>it</em>", "a <a href='x.html'>link</a>", "an item", "inside another", "of a table", "<code>of</code> one", "fence", "A heading"])
+@pytest.mark.parametrize("lost", ["Title", "purpose of <em>it</em>", "a <a href='x.html'>link</a>", "an item",
+                                  "inside another", "of a table", "<code>of</code> one",
+                                  "fence", "A heading"])
 def test_what_a_page_lost_is_named(tmp_path, lost):
     "The same page with and without one of its parts; what stands outside <main>, or in a script, does not count."
     html = """<h1>Title</h1><p>purpose of <em>it</em></p><p>A <em>first</em> paragraph with <code>code</code>, a <a href='x.html'>link</a> and
@@ -98,7 +105,8 @@ def test_what_a_page_lost_is_named(tmp_path, lost):
     notebook.write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source=[MARKDOWN])])))
     assert html.count(lost) == 1
     for page, number in ((html, 0), (html.replace(lost, ""), 1)):
-        (tmp_path/"page.html").write_text(f"<nav>{html}</nav><main>{page}<script>{html}</script></main>", encoding="utf-8")
+        (tmp_path/"page.html").write_text(f"<nav>{html}</nav><main>{page}<script>{html}</script></main>",
+                                          encoding="utf-8")
         assert len(docs.lost_paragraphs(tmp_path, tmp_path/"nbs", [notebook])) == number
 
 

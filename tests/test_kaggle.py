@@ -80,7 +80,9 @@ def tell(**facts): print(json.dumps(facts), file=out)
 def their_client(script, kind, home, server, **more):
     "What a script with one of Kaggle's clients tells, and how it logged in"
     server.control(reset=True)
-    done = subprocess.run([sys.executable, "-c", POINTED + script], env=environment(kind, home, SERVER=server.api, **more), capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", POINTED + script],
+                          env=environment(kind, home, SERVER=server.api, **more), capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1]), [(line["path"], line["login"]) for line in server.log()]
 
@@ -165,7 +167,8 @@ def test_without_a_patch(nih, tmp_path):
     env = environment("token", tmp_path, KAGGLE_API_ENVIRONMENT="TEST")
     unpatched = "".join(line for line in POINTED.splitlines(True) if "_env_to_endpoint" not in line)
     with serving({"images_001.zip": nih[0]/"images_001.zip"}, port=7777, logins=LOGINS) as server:
-        done = subprocess.run([sys.executable, "-c", unpatched + KAGGLESDK], env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([sys.executable, "-c", unpatched + KAGGLESDK], env=env, capture_output=True,
+                              text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
         with patch.dict(os.environ, env, clear=True): ours = plain_url(kaggle_link(file="images_001.zip").get())
     assert ours == json.loads(done.stdout)["url"] == server.url("signed/images_001.zip")

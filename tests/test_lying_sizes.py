@@ -10,7 +10,8 @@ from anomdx.slides import load_patch
 from fuzz_loaders import write_topcon, write_vol
 
 EYE = np.random.default_rng(0).integers(0, 256, (3, 24, 16), np.uint8)
-LIES = [(0, 16, 2_499_805_187), (24, 0, 2**31), (0, 0, 2**32 - 1), (24, 16, 2**31), (2**31, 16, 3), (24, 2**31, 3), (24, 16, 0)]
+LIES = [(0, 16, 2_499_805_187), (24, 0, 2**31), (0, 0, 2**32 - 1), (24, 16, 2**31), (2**31, 16, 3),
+        (24, 2**31, 3), (24, 16, 0)]
 
 
 @pytest.mark.parametrize("tag", [324, 325])
@@ -23,13 +24,15 @@ def test_a_slide_whose_tiles_lie_outside_the_file(tmp_path, tag, claim, packing)
     path = tmp_path/"a.tif"
     x = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     with tifffile.TiffWriter(path) as f:
-        f.write(x, tile=(16, 16), photometric="rgb", compression=packing, resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None)
+        f.write(x, tile=(16, 16), photometric="rgb", compression=packing, resolution=(2e4, 2e4),
+                resolutionunit="CENTIMETER", metadata=None)
     assert load_patch(f"{path}#0.5/0/0/32").shape == (3, 32, 32)
     with tifffile.TiffFile(path) as f: at, kind = f.pages[0].tags[tag].valueoffset, f.pages[0].tags[tag].dtype
     data = bytearray(path.read_bytes())
     struct.pack_into({3: "<H", 4: "<I"}[int(kind)], data, at, claim if int(kind) == 4 else 0xffff)
     path.write_bytes(data)
-    with pytest.raises(LoadError, match=r"a.tif has \d+ of \d+ bytes; copy or download it again"): load_patch(f"{path}#0.5/0/0/32")
+    with pytest.raises(LoadError, match=r"a.tif has \d+ of \d+ bytes; copy or download it again"):
+        load_patch(f"{path}#0.5/0/0/32")
 
 
 @pytest.mark.parametrize("height, width, n", LIES)

@@ -9,9 +9,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from anomdx.loaders import LoadError, dicom_header, dicom_headers, frame_headers, load_scan, save_map, series_groups
+from anomdx.loaders import (LoadError, dicom_header, dicom_headers, frame_headers, load_scan,
+                            save_map, series_groups)
 from anomdx.series import find_series
-from scans import DATA, block, compress, corners, csa_block, dataset, write_enhanced, write_mosaic, write_tomogram, write_vframe
+from scans import (DATA, block, compress, corners, csa_block, dataset, write_enhanced, write_mosaic,
+                   write_tomogram, write_vframe)
 
 needs_data = pytest.mark.skipif(not DATA, reason="ANOMDX_DATA does not name a folder with dicom_odd/")
 
@@ -20,10 +22,13 @@ def apart(scan, array, affine):
     "How far two readings of one volume are from each other: corner points in mm, and values at the same places in the patient"
     x, A = scan.numpy()[0], np.asarray(scan.affine)
     assert sorted(x.shape) == sorted(array.shape)
-    index = np.stack(np.meshgrid(*map(np.arange, x.shape), [1], indexing="ij"), -1)[..., 0, :] @ (np.linalg.inv(affine) @ A).T   # our voxel -> their voxel
+    # our voxel -> their voxel
+    index = np.stack(np.meshgrid(*map(np.arange, x.shape), [1], indexing="ij"), -1)[...,
+        0, :] @ (np.linalg.inv(affine) @ A).T
     near = np.rint(index[..., :3]).astype(int)
     assert np.abs(index[..., :3] - near).max() < .1 and (near >= 0).all() and (near < array.shape).all()
-    return np.abs(corners(A, x.shape) - corners(affine, array.shape)).max(), np.abs(array[tuple(np.moveaxis(near, -1, 0))] - x).max()
+    return np.abs(corners(A, x.shape) - corners(affine,
+        array.shape)).max(), np.abs(array[tuple(np.moveaxis(near, -1, 0))] - x).max()
 
 
 def written(scan, voxels, affine):
@@ -36,27 +41,33 @@ def converted(path, folder):
     "What dcm2niix makes of one file or folder: arrays (X, Y, Z, time) and affines"
     dcm2niix = pytest.importorskip("dcm2niix")
     folder.mkdir()
-    subprocess.run([dcm2niix.bin, "-z", "n", "-b", "n", "-f", "%s_%r", "-o", folder, path], capture_output=True)
+    subprocess.run([dcm2niix.bin, "-z", "n", "-b", "n", "-f", "%s_%r", "-o", folder, path],
+                   capture_output=True)
     images = [nib.load(p) for p in sorted(folder.glob("*.nii"))]
     return [(np.asarray(img.dataobj, np.float32).reshape(*img.shape[:3], -1), img.affine) for img in images]
 
 
-# Real files --------------------------------------------------------------------------------------------------------------------
+# Real files -------------------------------------------------------------------------------------------------
 @needs_data
-@pytest.mark.parametrize("name, shape", dict(siemens_mosaic=(72, 72, 5, 2), siemens_mosaic_axial35=(64, 64, 35, 1), uih_mosaic=(64, 64, 20, 2)).items())
+@pytest.mark.parametrize("name, shape", dict(siemens_mosaic=(72, 72, 5, 2),
+                                             siemens_mosaic_axial35=(64, 64, 35, 1),
+                                             uih_mosaic=(64, 64, 20, 2)).items())
 def test_real_tiles_equal_dcm2niix(name, shape, tmp_path):
     "Volume by volume, by the file and as find_series lists it"
     folder = Path(DATA)/"dicom_odd"/name
     (array, affine), = converted(folder, tmp_path/"out")
     assert array.shape == shape
     found = find_series(folder, progress=False)
-    assert [s.path for s in found] == [str(p) for p in sorted(folder.glob("*.dcm"))] and len(found) == shape[3]
+    assert [s.path for s in found] == [str(p)
+                                       for p in sorted(folder.glob("*.dcm"))] and len(found) == shape[3]
     for k, s in enumerate(found):
         scan = load_scan(s.path)
         far, off = apart(scan, array[..., k], affine)
         assert far < .01 and off == 0
-        assert s.findings == [] and s.shape == scan.shape[1:] and s.spacing == pytest.approx(scan.meta["spacing"])
-        assert scan.meta["spacing"] == pytest.approx(np.linalg.norm(affine[:3, :3], axis=0), abs=1e-5) and scan.meta["oriented"]
+        assert s.findings == [] and s.shape == scan.shape[1:] and s.spacing == pytest.approx(
+            scan.meta["spacing"])
+        assert scan.meta["spacing"] == pytest.approx(np.linalg.norm(affine[:3, :3], axis=0),
+            abs=1e-5) and scan.meta["oriented"]
 
 
 @needs_data
@@ -77,12 +88,14 @@ def test_real_tiles_by_key(name):
 @needs_data
 def test_maps_of_a_mosaic_lie_where_its_slices_do(tmp_path):
     scan = load_scan(Path(DATA)/"dicom_odd"/"siemens_mosaic_axial35"/"0.dcm")
-    far, off = apart(load_scan(save_map(scan, tmp_path/"map", scan)), scan.numpy()[0], np.asarray(scan.affine))
+    far, off = apart(load_scan(save_map(scan, tmp_path/"map", scan)), scan.numpy()[0],
+                     np.asarray(scan.affine))
     assert far < 1e-3 and off == 0
 
 
-# Made mosaics ------------------------------------------------------------------------------------------------------------------
-PLACES = dict(axial={}, oblique=dict(turn=.3, nod=.4), coronal=dict(nod=np.pi / 2), sagittal=dict(turn=np.pi / 2, nod=np.pi / 2), fine=dict(spacing=(.1, .2, .05)))
+# Made mosaics -----------------------------------------------------------------------------------------------
+PLACES = dict(axial={}, oblique=dict(turn=.3, nod=.4), coronal=dict(nod=np.pi / 2),
+              sagittal=dict(turn=np.pi / 2, nod=np.pi / 2), fine=dict(spacing=(.1, .2, .05)))
 
 
 @pytest.mark.parametrize("up", [1, -1])
@@ -119,7 +132,8 @@ def test_made_vframe(place, tmp_path):
     assert written(load_scan(tmp_path/"a.dcm"), v, affine)
 
 
-SYNTAXES = ["ImplicitVRLittleEndian", "ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian", "RLELossless", "JPEGLSLossless", "JPEG2000Lossless"]
+SYNTAXES = ["ImplicitVRLittleEndian", "ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian", "RLELossless",
+            "JPEGLSLossless", "JPEG2000Lossless"]
 
 
 @pytest.mark.parametrize("write", [write_mosaic, write_vframe])
@@ -140,11 +154,15 @@ def unknown_vr(d):
             f = pydicom.filebase.DicomBytesIO(); f.is_implicit_VR, f.is_little_endian = True, True
             pydicom.filewriter.write_sequence(f, e, ["iso8859"])
             raw = f.getvalue()
-        else: raw = e.value.to_bytes(2, "little") if e.VR == "US" else bytes(e.value, "ascii") if isinstance(e.value, str) else bytes(str(e.value), "ascii") if e.VR == "DS" else e.value
+        else:
+            raw = e.value.to_bytes(2, "little") if e.VR == "US" else bytes(e.value,
+                "ascii") if isinstance(e.value, str) else bytes(str(e.value),
+                "ascii") if e.VR == "DS" else e.value
         d.add_new(e.tag, "UN", raw + bytes(len(raw) % 2))
 
 
-LAYOUTS = dict(moved=dict(block=2), unknown=dict(edit=unknown_vr), short_type=dict(ImageType=["ORIGINAL", "PRIMARY"]),
+LAYOUTS = dict(moved=dict(block=2), unknown=dict(edit=unknown_vr),
+               short_type=dict(ImageType=["ORIGINAL", "PRIMARY"]),
                csa_number=dict(edit=lambda d: d.__delitem__(0x0019100a)))
 
 
@@ -178,25 +196,30 @@ def test_rescale(tmp_path):
     np.testing.assert_array_equal(load_scan(tmp_path/"a.dcm").numpy()[0], 2. * v.transpose(2, 1, 0) - 7)
 
 
-# What is not known -------------------------------------------------------------------------------------------------------------
+# What is not known ------------------------------------------------------------------------------------------
 def number(n): return lambda d: d.__setitem__(0x0019100a, pydicom.DataElement(0x0019100a, "US", n))
-def csa(**values): return lambda d: d.__setitem__(0x00291010, pydicom.DataElement(0x00291010, "OB", csa_block(**values)))
+def csa(**values):
+    return lambda d: d.__setitem__(0x00291010, pydicom.DataElement(0x00291010, "OB", csa_block(**values)))
 
 
 UNKNOWN = dict(
     deidentified=(lambda d: d.remove_private_tags(), "NumberOfImagesInMosaic"),
     no_csa=(lambda d: d.__delitem__(0x00291010), "SliceNormalVector is missing"),
-    damaged_csa=(lambda d: d[0x00291010].__setattr__("value", b"SV10" + bytes(40)), "SliceNormalVector is missing"),
+    damaged_csa=(lambda d: d[0x00291010].__setattr__("value", b"SV10" + bytes(40)), "SliceNormalVector is "
+    "missing"),
     no_direction=(csa(NumberOfImagesInMosaic=[5]), "SliceNormalVector is missing"),
     other_direction=(csa(NumberOfImagesInMosaic=[5], SliceNormalVector=[1, 0, 0]), "not the normal"),
     no_spacing=(lambda d: d.__delitem__("SpacingBetweenSlices"), "SpacingBetweenSlices"),
     zero_spacing=(lambda d: setattr(d, "SpacingBetweenSlices", 0), "SpacingBetweenSlices"),
     no_position=(lambda d: d.__delitem__("ImagePositionPatient"), "position"),
     two_numbers=(number(6), "5 or 6 slices"),
-    wrong_number=(lambda d: (number(17)(d), csa(NumberOfImagesInMosaic=[17], SliceNormalVector=[0, 0, 1])(d)), "cannot be cut into 5 x 5 tiles"),
+    wrong_number=(lambda d: (number(17)(d), csa(NumberOfImagesInMosaic=[17], SliceNormalVector=[0, 0, 1])(d)),
+                  "cannot be cut into 5 x 5 tiles"),
     huge_number=(lambda d: (number(65535)(d), csa(SliceNormalVector=[0, 0, 1])(d)), "cannot be cut into"),
-    slices_left_over=(lambda d: (number(3)(d), csa(NumberOfImagesInMosaic=[5], SliceNormalVector=[0, 0, 1])(d)), "3 or 5 slices"),
-    full_tiles=(lambda d: setattr(d, "PixelData", bytes(range(252)) * (len(d.PixelData) // 252)), "not empty"))
+    slices_left_over=(lambda d: (number(3)(d),
+    csa(NumberOfImagesInMosaic=[5], SliceNormalVector=[0, 0, 1])(d)), "3 or 5 slices"),
+    full_tiles=(lambda d: setattr(d, "PixelData", bytes(range(252)) * (len(d.PixelData) // 252)),
+                "not empty"))
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
@@ -211,11 +234,16 @@ def test_mosaic_that_is_not_known_is_refused(case, tmp_path):
 
 
 UNKNOWN_FRAMES = dict(
-    deidentified=(lambda d: d.remove_private_tags(), "(0065,xx50)"), no_number=(lambda d: d.__delitem__(0x00651050), "(0065,xx50)"),
-    no_places=(lambda d: d.__delitem__(0x00651051), "(0065,xx51)"), fewer_places=(lambda d: d[0x00651051].value.pop(), "7 slices with 6 places"),
-    no_position=(lambda d: d[0x00651051].value[3].__delitem__("ImagePositionPatient"), "no readable position"),
-    wrong_size=(lambda d: (setattr(d, "Rows", 41), setattr(d, "PixelData", d.PixelData[:41 * d.Columns * 2])), "cannot be cut"), text=(lambda d: d.add_new(0x00651051, "LO", "1234567"), "7 places"),
-    full_tiles=(lambda d: setattr(d, "PixelData", bytes(range(252)) * (len(d.PixelData) // 252)), "not empty"))
+    deidentified=(lambda d: d.remove_private_tags(), "(0065,xx50)"),
+    no_number=(lambda d: d.__delitem__(0x00651050), "(0065,xx50)"),
+    no_places=(lambda d: d.__delitem__(0x00651051), "(0065,xx51)"),
+    fewer_places=(lambda d: d[0x00651051].value.pop(), "7 slices with 6 places"),
+    no_position=(lambda d: d[0x00651051].value[3].__delitem__("ImagePositionPatient"),
+                 "no readable position"),
+    wrong_size=(lambda d: (setattr(d, "Rows", 41), setattr(d, "PixelData", d.PixelData[:41 * d.Columns * 2])),
+                "cannot be cut"), text=(lambda d: d.add_new(0x00651051, "LO", "1234567"), "7 places"),
+    full_tiles=(lambda d: setattr(d, "PixelData", bytes(range(252)) * (len(d.PixelData) // 252)),
+                "not empty"))
 
 
 @pytest.mark.parametrize("case", UNKNOWN_FRAMES)
@@ -228,7 +256,8 @@ def test_vframe_that_is_not_known_is_refused(case, tmp_path):
 
 def test_folder_of_unknown_mosaics(tmp_path):
     "No choice is offered where none can be loaded"
-    for k in range(3): write_mosaic(tmp_path/f"{k}.dcm", block(5, 14, 18), edit=lambda d: d.remove_private_tags())
+    for k in range(3):
+        write_mosaic(tmp_path/f"{k}.dcm", block(5, 14, 18), edit=lambda d: d.remove_private_tags())
     with pytest.raises(LoadError, match="NumberOfImagesInMosaic") as e: load_scan(tmp_path)
     assert "choose one of" not in str(e.value)
 
@@ -250,7 +279,7 @@ def test_enhanced_files_that_say_mosaic(tmp_path):
     with pytest.raises(LoadError, match="NumberOfImagesInMosaic"): load_scan(tmp_path/"d.dcm")
 
 
-# Nuclear medicine --------------------------------------------------------------------------------------------------------------
+# Nuclear medicine -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("between", [3., -3.])
 @pytest.mark.parametrize("place", ["axial", "oblique", "coronal"])
 def test_reconstructed_tomogram(place, between, tmp_path):
@@ -260,7 +289,8 @@ def test_reconstructed_tomogram(place, between, tmp_path):
     affine = write_tomogram(tmp_path/"a.dcm", v, SpacingBetweenSlices=between, **PLACES[place])
     affine[:3, 2] *= np.sign(between)
     scan = load_scan(tmp_path/"a.dcm")
-    assert written(scan, v, affine) and scan.meta["spacing"] == pytest.approx((.75, 1.5, 3)) and scan.meta["modality"] == "NM"
+    assert written(scan, v, affine) and scan.meta["spacing"] == pytest.approx((.75, 1.5,
+        3)) and scan.meta["modality"] == "NM"
     assert [(s.shape, s.findings) for s in find_series(tmp_path, progress=False)] == [((12, 10, 6), [])]
     img, theirs = sitk.ReadImage(str(tmp_path/"a.dcm")), np.eye(4)
     theirs[:3, :3], theirs[:3, 3] = np.reshape(img.GetDirection(), (3, 3)) * img.GetSpacing(), img.GetOrigin()
@@ -273,7 +303,9 @@ def test_slice_vector_orders_frames(tmp_path):
     order = np.array([0, 2, 4, 5, 3, 1])
     affine = write_tomogram(tmp_path/"a.dcm", v[order], SliceVector=(order + 1).tolist())
     assert written(load_scan(tmp_path/"a.dcm"), v, affine)
-    write_tomogram(tmp_path/"b.dcm", v, edit=lambda d: [d.__delitem__(k) for k in ("SliceVector", "FrameIncrementPointer", "NumberOfSlices")])
+    write_tomogram(tmp_path/"b.dcm", v,
+                   edit=lambda d: [d.__delitem__(k) for k in ("SliceVector", "FrameIncrementPointer",
+        "NumberOfSlices")])
     assert written(load_scan(tmp_path/"b.dcm"), v, affine)
 
 
@@ -284,13 +316,15 @@ def test_one_slice_of_a_tomogram_has_its_place(tmp_path):
     np.testing.assert_allclose(np.asarray(scan.affine)[:3, 3], affine[:3, 3])
 
 
-@pytest.mark.parametrize("kind, what", {"STATIC": "views", "DYNAMIC": "times", "GATED": "heart phases", "WHOLE BODY": "whole body", "TOMO": "projections",
+@pytest.mark.parametrize("kind, what", {"STATIC": "views", "DYNAMIC": "times", "GATED": "heart phases",
+                                        "WHOLE BODY": "whole body", "TOMO": "projections",
                                         "GATED TOMO": "projections"}.items())
 def test_frames_that_are_no_slices(kind, what, tmp_path):
     "By name, and without advice that cannot help"
     write_tomogram(tmp_path/"a.dcm", block(6, 10, 12), kind=kind)
     with pytest.raises(LoadError, match=what) as e: load_scan(tmp_path/"a.dcm")
-    assert f"of kind {kind}," in str(e.value) and "allow=" not in str(e.value) and "private" not in str(e.value)
+    assert f"of kind {kind}," in str(e.value) and "allow=" not in str(
+        e.value) and "private" not in str(e.value)
 
 
 def test_frames_of_an_unknown_kind(tmp_path):
@@ -302,21 +336,28 @@ def test_frames_of_an_unknown_kind(tmp_path):
 
 def test_gated_tomogram_says_which_time(tmp_path):
     "Each frame knows its slice and its time, from which volumes can be made"
-    write_tomogram(tmp_path/"a.dcm", block(6, 10, 12), kind="RECON GATED TOMO", NumberOfSlices=3, SliceVector=[1, 2, 3] * 2, TimeSlotVector=[1, 1, 1, 2, 2, 2])
+    write_tomogram(tmp_path/"a.dcm", block(6, 10, 12), kind="RECON GATED TOMO", NumberOfSlices=3,
+                   SliceVector=[1, 2, 3] * 2, TimeSlotVector=[1, 1, 1, 2, 2, 2])
     frames = frame_headers(dicom_header(tmp_path/"a.dcm"))
-    assert [(h.ImagePositionPatient[2], h.TemporalPositionIdentifier) for h in frames] == [(5, 1), (8, 1), (11, 1), (5, 2), (8, 2), (11, 2)]
+    assert [(h.ImagePositionPatient[2], h.TemporalPositionIdentifier) for h in frames] == [(5, 1), (8, 1),
+        (11, 1), (5, 2), (8, 2), (11, 2)]
     keys = list(series_groups(dicom_headers(tmp_path/"a.dcm")))
     volumes = [load_scan(f"{tmp_path}#{key}") for key in keys]
-    for volume, voxels in zip(volumes, (block(6, 10, 12)[:3], block(6, 10, 12)[3:])): np.testing.assert_array_equal(volume.numpy()[0], voxels.transpose(2, 1, 0))
+    for volume, voxels in zip(volumes, (block(6, 10, 12)[:3], block(6, 10, 12)[3:])):
+        np.testing.assert_array_equal(volume.numpy()[0], voxels.transpose(2, 1, 0))
 
 
 REFUSED = dict(
     no_place=(lambda d: d.__delitem__("DetectorInformationSequence"), "DetectorInformationSequence"),
-    two_places=(lambda d: d.DetectorInformationSequence.append(dataset(ImagePositionPatient=[0, 0, 0])), "more than one ImagePositionPatient"),
+    two_places=(lambda d: d.DetectorInformationSequence.append(dataset(ImagePositionPatient=[0, 0, 0])),
+                "more than one ImagePositionPatient"),
     no_spacing=(lambda d: d.__delitem__("SpacingBetweenSlices"), "SpacingBetweenSlices"),
     energies=(lambda d: setattr(d, "EnergyWindowVector", [1, 1, 1, 2, 2, 2]), "EnergyWindowVector"),
-    short_vector=(lambda d: setattr(d, "SliceVector", [1, 2, 3]), "SliceVector"), turned=(lambda d: setattr(d, "SliceVector", [6, 5, 4, 3, 2, 1]), "first slice"),
-    frames=(lambda d: (setattr(d, "NumberOfSlices", 3), d.__delitem__("SliceVector")), "6 frames of 3 slices"), many=(lambda d: setattr(d, "NumberOfFrames", 2000000000), "2000000000 frames"))
+    short_vector=(lambda d: setattr(d, "SliceVector", [1, 2, 3]), "SliceVector"),
+    turned=(lambda d: setattr(d, "SliceVector", [6, 5, 4, 3, 2, 1]), "first slice"),
+    frames=(lambda d: (setattr(d, "NumberOfSlices", 3), d.__delitem__("SliceVector")),
+            "6 frames of 3 slices"), many=(lambda d: setattr(d, "NumberOfFrames", 2000000000),
+                                           "2000000000 frames"))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -23,7 +23,8 @@ def test_each_picture_is_one_bscan(pictures):
     "Grey stored as RGBA comes out as one channel with the picture's own values, and claims no mm."
     for p in pictures:
         scan = load_oct(p)
-        assert scan.shape[0] == 1 and scan.ndim == 3 and scan.meta["unit"] == "uint8" and np.isnan(scan.meta["spacing"]).all()
+        assert scan.shape[0] == 1 and scan.ndim == 3 and scan.meta["unit"] == "uint8" and np.isnan(
+            scan.meta["spacing"]).all()
         np.testing.assert_array_equal(scan[0], np.array(Image.open(p).convert("RGBA"))[..., 0])
 
 

@@ -209,7 +209,8 @@ def test_a_known_tree(said):
     "pydicom's own, with a DICOMDIR: every file of it belongs to a series, or is counted"
     tree = Path(pydicom.data.get_testdata_file("dicomdirtests/DICOMDIR", download=False)).parent
     below = scans_below(tree)
-    files = {f for f in tree.rglob("*") if f.is_file() and not f.name.startswith("DICOMDIR")}   # lists of files
+    # lists of files
+    files = {f for f in tree.rglob("*") if f.is_file() and not f.name.startswith("DICOMDIR")}
     used = {f for s in below.series for f in s.files}
     assert len(files) == len(used) + sum(below.passed.values()) and used <= files and not below.files
 
@@ -230,5 +231,6 @@ def test_masks_beside_scans_are_no_scans(tmp_path, said):
         save(tmp_path/"images"/f"{i}.png", i)
         save(tmp_path/"Masks"/f"{i}.png", i)
     assert [Path(f).name for f in find_scans([tmp_path])] == ["0.png", "1.png", "2.png"]
-    assert all("images" in f for f in find_scans([tmp_path])) and "3 by the name of their folder masks" in said()[0]
+    assert all("images" in f
+               for f in find_scans([tmp_path])) and "3 by the name of their folder masks" in said()[0]
     assert len(find_scans([tmp_path/"Masks"])) == 3   # asked for by name

@@ -20,14 +20,16 @@ from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
 from anomdx.loaders import ALLOW, DataError, load_scan, save_map, save_mask
-from scans import block, image_header, write_enhanced, write_mosaic, write_series, write_tomogram, write_vframe
+from scans import (block, image_header, write_enhanced, write_mosaic, write_series,
+                   write_tomogram, write_vframe)
 
 WORD, UID, NUMBER, DATE = "ZQXDOE", "1.2.826.0.1.770077007700", "770077.25", "19430711"   # WORD fits the shortest text field
 MARKS = re.compile("|".join(map(re.escape, (WORD, "7700770077", "770077", DATE))), re.I)
 MARK_OF = dict(AE=WORD, CS=WORD, LO=WORD, LT=WORD, PN=f"{WORD}^Jane", SH=WORD, ST=WORD, UC=WORD, UR=f"http://{WORD}", UT=WORD, UI=UID,
                DS=NUMBER, IS="770077", DA=DATE, DT=f"{DATE}101112", TM="770077", AS="077Y")
 READ = {"SOPClassUID", "SpecificCharacterSet", "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "PixelSpacing", "ImagePositionPatient",
-        "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio",
+        "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices", "ImagerPixelSpacing",
+        "NominalScannedPixelSpacing", "PixelAspectRatio",
         "EstimatedRadiographicMagnificationFactor"}   # a scan needs these as they are
 
 

@@ -95,7 +95,7 @@ def test_an_iterator_that_is_left_leaves_nothing():
         archive.close()
 
 
-# No last bytes -------------------------------------------------------------------------------------------------------------------
+# No last bytes ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("etag", ["auto", "", 'W/"weak"'])
 @pytest.mark.parametrize("status", [200, 400, 405, 416, 500, 501])
 def test_a_server_that_knows_no_suffix_range_is_read_from(status, etag, tmp_path):
@@ -103,25 +103,30 @@ def test_a_server_that_knows_no_suffix_range_is_read_from(status, etag, tmp_path
     with serving({"images.zip": ARCHIVE}, suffix=status, etag=etag) as server:
         with open_archive(Link(lambda: server.signed("images.zip")), cache=tmp_path, **QUICK) as archive:
             assert [archive.read(j) for j in range(0, 40, 7)] == TRUTH[::7]
-            assert archive.source.counts["bytes"] < 1.5 * len(ARCHIVE) and archive.source.counts["retries"] == 0
+            assert archive.source.counts["bytes"] < 1.5 * len(
+                ARCHIVE) and archive.source.counts["retries"] == 0
             before = archive.source.counts["requests"]
-            assert archive.source.tail(22)[1] == ARCHIVE[-22:] and archive.source.counts["requests"] == before + 2
+            assert archive.source.tail(22)[1] == ARCHIVE[-22:] and archive.source.counts[
+                "requests"] == before + 2
 
 
 def test_a_server_of_whole_files_is_said_to_be_one():
     with serving({"images.zip": ARCHIVE}, ranges=False) as server:
-        with pytest.raises(RangeUnsupported, match="does not serve byte ranges .it sent all of"): open_archive(server.url("images.zip"), **QUICK)
+        with pytest.raises(RangeUnsupported, match="does not serve byte ranges .it sent all of"):
+            open_archive(server.url("images.zip"), **QUICK)
 
 
 def test_a_suffix_range_refused_and_a_changed_file():
-    with serving({"images.zip": ARCHIVE}, suffix=416) as server, open_archive(server.url("images.zip"), **QUICK) as archive:
+    with serving({"images.zip": ARCHIVE}, suffix=416) as server, open_archive(server.url("images.zip"),
+            **QUICK) as archive:
         server.set(etag='"other"')
         with pytest.raises(Changed): archive.source.tail(22)
 
 
 def test_an_empty_file_is_said_to_be_empty():
     with serving({"images.zip": b""}) as server:
-        with pytest.raises(StreamError, match="images.zip is an empty file"): open_archive(server.url("images.zip"), **QUICK)
+        with pytest.raises(StreamError, match="images.zip is an empty file"):
+            open_archive(server.url("images.zip"), **QUICK)
 
 
 # Slow ------------------------------------------------------------------------------------------------------------------------------
@@ -155,8 +160,10 @@ def ranges(before, context=None):
 
 def test_a_request_that_hangs_is_asked_twice():
     "Two of forty requests hang for good: each costs one more request, and nobody waits for them"
-    calm = QUICK | dict(patience=.5)   # answers that a busy machine delays are not asked for twice, as long as it delays them by less
-    with ranges(lambda n: n in (15, 30) and leave.wait(600)) as (port, leave), open_archive(f"http://127.0.0.1:{port}/images.zip", **calm) as archive:
+    # answers that a busy machine delays are not asked for twice, as long as it delays them by less
+    calm = QUICK | dict(patience=.5)
+    with ranges(lambda n: n in (15, 30) and leave.wait(600)) as (port,
+            leave), open_archive(f"http://127.0.0.1:{port}/images.zip", **calm) as archive:
         assert all(value == TRUTH[j] for j, value in archive.reader(gap=0, max_request=1)(range(40)))
         assert 2 <= archive.source.counts["hedged"] <= 2 + archive.source.counts["requests"] / 25
         assert archive.source.counts["retries"] == 0
@@ -199,7 +206,8 @@ def test_over_tls(tmp_path, monkeypatch):
             halt = Halt()
             silent.set()
             threading.Timer(.2, halt.set).start()
-            with pytest.raises(StreamError, match="stopped"): archive.source.read(0, 9, halt)   # not "no answer", after 20 s
+            # not "no answer", after 20 s
+            with pytest.raises(StreamError, match="stopped"): archive.source.read(0, 9, halt)
 
 
 # Ctrl-C ------------------------------------------------------------------------------------------------------------------------------

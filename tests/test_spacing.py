@@ -23,12 +23,14 @@ from scans import block, write_series
 def grey(*shape): return (np.abs(block(*shape)) % 255 + 1).astype(np.uint8)
 
 
-@pytest.fixture(params=["a.png", "a.jpg", "a.tif", "print.tif", "a.npz#x/1", "volumes.npz#x/1", "flat.oct", "bare.nii", "bare.nrrd"])
+@pytest.fixture(params=["a.png", "a.jpg", "a.tif", "print.tif", "a.npz#x/1", "volumes.npz#x/1", "flat.oct",
+                        "bare.nii", "bare.nrrd"])
 def unknown(request, tmp_path):
     "A scan whose file does not say how large its pixels are"
     name = request.param
     file = tmp_path/name.partition("#")[0]
-    if name.endswith((".png", ".jpg", "a.tif", ".oct")): Image.fromarray(grey(40, 30)).save(file.with_suffix(".png" if ".oct" in name else file.suffix))
+    if name.endswith((".png", ".jpg", "a.tif", ".oct")):
+        Image.fromarray(grey(40, 30)).save(file.with_suffix(".png" if ".oct" in name else file.suffix))
     elif name == "print.tif": Image.fromarray(grey(40, 30)).save(file, dpi=(300, 300))   # the size of a print
     elif name == "a.npz#x/1": np.savez(file, x=grey(3, 40, 30))
     elif name == "volumes.npz#x/1": np.savez(file, x=np.stack([grey(12, 40, 30)] * 2))
@@ -49,7 +51,8 @@ def test_the_preset_keeps_it_unknown_and_refuses_millimetres(unknown):
     options = dict(size=24, spatial_dims=n, orientation="")
     x, _ = create_preset("mri", **options)(unknown)
     assert np.isnan(x.meta["spacing"]).all() and pixel_mm(x) is None
-    with pytest.raises(DataError, match=r"does not say how large its pixels are along axis 1, 2.*transform.spacing=0.5 mm needs; leave") as e:
+    with pytest.raises(DataError, match=r"does not say how large its pixels are along axis 1, "
+            r"2.*transform.spacing=0.5 mm needs; leave") as e:
         create_preset("mri", spacing=.5, **options)(unknown)
     assert str(e.value).startswith(unknown.meta["source"])
 
@@ -57,7 +60,8 @@ def test_the_preset_keeps_it_unknown_and_refuses_millimetres(unknown):
 def test_lesions_are_measured_in_pixels(unknown):
     assert voxel_size(unknown) == ([1.] * (unknown.ndim - 1), "px")
     assert usual_diameters(unknown) == usual_diameters(unknown.as_tensor())
-    with pytest.raises(DataError, match="does not say how large its pixels are; leave it out, or plant in scan.as_tensor"):
+    with pytest.raises(DataError, match="does not say how large its pixels are; leave it out, "
+            "or plant in scan.as_tensor"):
         plant("blob", unknown, diameter=4.)
 
 
@@ -71,7 +75,8 @@ def test_the_map_claims_no_millimetres(unknown, tmp_path):
     back = load_scan(path, allow=("unoriented",))
     torch.testing.assert_close(back.as_tensor(), amap, rtol=0, atol=0)
     assert np.isnan(back.meta["spacing"]).all()
-    assert np.isnan(load_scan(save_mask(amap > .5, tmp_path/"mask", unknown), allow=("unoriented",)).meta["spacing"]).all()
+    assert np.isnan(load_scan(save_mask(amap > .5, tmp_path/"mask", unknown),
+                              allow=("unoriented",)).meta["spacing"]).all()
 
 
 def test_a_streamed_picture_is_the_same(tmp_path):
@@ -96,7 +101,8 @@ def test_what_is_known_stays_known(tmp_path):
     assert nib.load(save_map(scan, tmp_path/"map", scan)).header.get_xyzt_units()[0] == "mm"
     affine = write_series(tmp_path/"s", block(1, 40, 30), (1.5, .75, 3.))
     picture = load_scan(next((tmp_path/"s").iterdir()))
-    assert picture.meta["spacing"] == pytest.approx((1.5, .75)) and pixel_mm(picture) == pytest.approx((1.5, .75)) and affine.shape == (4, 4)
+    assert picture.meta["spacing"] == pytest.approx((1.5, .75)) and pixel_mm(picture) == pytest.approx((1.5,
+        .75)) and affine.shape == (4, 4)
 
 
 AFFINE = nib.affines.from_matvec(nib.eulerangles.euler2mat(.1, -.2, .3) @ np.diag([.5, 2., 3.]), [5, 6, 7])
@@ -131,7 +137,8 @@ def test_a_volume_of_one_slice_is_a_picture_and_its_map_a_volume(shape, extra, t
     assert out.shape == shape and [int(out.header[k]) for k in ("qform_code", "sform_code")] == [1, 4]
     np.testing.assert_allclose(out.affine, AFFINE, atol=1e-5)
     np.testing.assert_allclose(out.header.get_zooms(), [.5, 2, 3], atol=1e-5)
-    centre = [np.average(np.argwhere(v > 0), axis=0, weights=v[v > 0]) for v in (out.get_fdata(), lesion[0].numpy())]
+    centre = [np.average(np.argwhere(v > 0), axis=0, weights=v[v > 0])
+              for v in (out.get_fdata(), lesion[0].numpy())]
     assert np.linalg.norm(AFFINE[:3, :3] @ (centre[0] - centre[1])) < side
 
 
@@ -142,9 +149,12 @@ def test_each_pixel_of_the_picture_lies_where_it_lay(shape, tmp_path):
     np.testing.assert_array_equal(flat[0], x.squeeze())
     for at in ((0, 0), (30, 21)):
         full = np.insert(at, shape.index(1), 0)
-        np.testing.assert_allclose(nib.affines.apply_affine(np.asarray(flat.affine), [*at, 0]), nib.affines.apply_affine(np.asarray(scan.affine), full), atol=1e-6)
-    assert left_right_axis(flat) == (None if shape[0] == 1 else 1)   # a sagittal slice has no left and right to mirror
-    np.testing.assert_allclose(np.linalg.norm(np.asarray(flat.affine)[:3, :2], axis=0), flat.meta["spacing"], rtol=1e-6)
+        np.testing.assert_allclose(nib.affines.apply_affine(np.asarray(flat.affine), [*at, 0]),
+                                   nib.affines.apply_affine(np.asarray(scan.affine), full), atol=1e-6)
+    # a sagittal slice has no left and right to mirror
+    assert left_right_axis(flat) == (None if shape[0] == 1 else 1)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(flat.affine)[:3, :2], axis=0),
+                               flat.meta["spacing"], rtol=1e-6)
 
 
 def test_the_slice_that_anomdx_wrote_itself_is_a_picture(tmp_path):
@@ -160,11 +170,13 @@ def test_the_slice_that_anomdx_wrote_itself_is_a_picture(tmp_path):
 
 def test_volumes_and_lines_stay_refused_with_advice_that_can_be_followed(tmp_path):
     preset = create_preset("mri", size=32)
-    for shape, said in (((48, 40, 5), "set spatial_dims=3, or save the slice that is meant"), ((48, 1, 1), r"has 3 \(48, 1, 1\)")):
+    for shape, said in (((48, 40, 5), "set spatial_dims=3, or save the slice that is meant"),
+                        ((48, 1, 1), r"has 3 \(48, 1, 1\)")):
         nib.save(nib.Nifti1Image(grey(*shape), AFFINE), tmp_path/"v.nii")
         with pytest.raises(DataError, match=said): preset(load_scan(tmp_path/"v.nii"))
     nib.save(nib.Nifti1Image(grey(48, 40, 1), AFFINE), tmp_path/"one.nii")
-    x, _ = create_preset("mri", size=16, spatial_dims=3)(load_scan(tmp_path/"one.nii")); assert x.ndim == 4   # asked for as a volume
+    # asked for as a volume
+    x, _ = create_preset("mri", size=16, spatial_dims=3)(load_scan(tmp_path/"one.nii")); assert x.ndim == 4
 
 
 def test_lesions_and_artefacts_of_one_slice(tmp_path):

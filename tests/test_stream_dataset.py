@@ -75,8 +75,10 @@ def children(): return multiprocessing.active_children()
 def our_threads(): return [t.name for t in threading.enumerate() if t.name.startswith("anomdx")]
 
 
-ROUNDED = dict(rtol=0, atol=1e-6)          # a worker process has one thread, and sums of float32 are rounded otherwise
-ONE_LEVEL = dict(rtol=0, atol=1 / 255 + 1e-6)   # a value that lies between two of the 256 levels of a cache may then become either
+# a worker process has one thread, and sums of float32 are rounded otherwise
+ROUNDED = dict(rtol=0, atol=1e-6)
+# a value that lies between two of the 256 levels of a cache may then become either
+ONE_LEVEL = dict(rtol=0, atol=1 / 255 + 1e-6)
 
 
 def wait_until(done, seconds=60):
@@ -191,14 +193,17 @@ def test_killed_at_twenty_random_batches_and_resumed(home, tmp_path):
         process.start()
         if kills < 20:
             more = lines + dice.randint(1, 2)
-            wait_until(lambda: (tmp_path/"parts").exists() and len((tmp_path/"parts").read_text().splitlines()) >= more or not process.is_alive(), 600)
+            wait_until(lambda: (tmp_path/"parts").exists()
+                       and len((tmp_path/"parts").read_text().splitlines()) >= more
+                       or not process.is_alive(), 600)
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.join()
     parts = (tmp_path/"parts").read_text().splitlines()
     assert list(dict.fromkeys(parts)) == whole            # a batch that was done but not yet noted may come twice
     assert len(parts) <= len(whole) + kills and kills == 20
-    assert float((tmp_path/"done").read_text()) == pytest.approx(float(weight), rel=1e-6)   # in other processes than the whole
+    # in other processes than the whole
+    assert float((tmp_path/"done").read_text()) == pytest.approx(float(weight), rel=1e-6)
 
 
 def test_resumed_at_twenty_random_batches_by_other_workers(home):
@@ -239,7 +244,8 @@ def test_the_second_epoch_asks_for_nothing(home, tmp_path):
         np.testing.assert_array_equal(images(stream, num_workers=2), first)
         assert server.counts()["requests"] == asked["requests"]
     np.testing.assert_array_equal(images(stream), first)   # the server is gone
-    np.testing.assert_allclose(images(stream_of(home/"images.zip")), first, **ONE_LEVEL)   # prepared here, not in a worker
+    # prepared here, not in a worker
+    np.testing.assert_allclose(images(stream_of(home/"images.zip")), first, **ONE_LEVEL)
 
 
 def test_damage_of_every_kind_is_a_missing_row(home, tmp_path):
@@ -415,7 +421,8 @@ def test_control_c_ends_everything_within_a_second(tmp_path, workers):
 
 def interrupted(code, server):
     "Seconds from Ctrl-C until loop, worker processes and threads are gone"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
     server.set(latency=.2)
     assert process.stdout.readline() == "batch\n"
     server.set(latency=8.)   # requests that would hold a thread for long

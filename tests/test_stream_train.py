@@ -82,7 +82,8 @@ def test_killed_in_the_middle_of_stages(made, processes, tmp_path):
         steps = at(tmp_path/"whole")[2]
         sources = [server.url(bundle), str(twelve), str(one/bundle.split("/")[1])]
         for k, source in enumerate(sources):
-            with running(processes, source, tmp_path/"killed") as child:   # killed by steps, not by a clock: as often on a slow machine
+            # killed by steps, not by a clock: as often on a slow machine
+            with running(processes, source, tmp_path/"killed") as child:
                 wanted = int((k + rng.random()) * steps / 3.5)
                 while child.is_alive() and at(tmp_path/"killed")[2] < wanted: time.sleep(.005)
                 time.sleep(rng.uniform(0, .03))   # in the middle of anything

@@ -112,7 +112,9 @@ def assert_same_run(a, b, **tolerance):
 
 
 def test_killed_run_ends_with_the_same_weights(data, processes, tmp_path):
-    whole, killed, rng, cfg = tmp_path/"whole", tmp_path/"killed", random.Random(0), dict(epochs=6, save_every=3)   # 60 steps
+    # 60 steps
+    whole, killed, rng, cfg = tmp_path/"whole", tmp_path/"killed", random.Random(0), dict(epochs=6,
+        save_every=3)
 
     def at(folder):
         "Epoch, batch and step of the last checkpoint"
@@ -134,7 +136,8 @@ def test_killed_run_ends_with_the_same_weights(data, processes, tmp_path):
     assert run_until(whole) == 0
     places = []
     for _ in range(4):
-        code = run_until(killed, at(killed)[2] + rng.randint(1, 6))   # counted in steps, so that a slow machine is killed as often
+        # counted in steps, so that a slow machine is killed as often
+        code = run_until(killed, at(killed)[2] + rng.randint(1, 6))
         if code != 0: places.append(tuple(at(killed)[:2]))
     print(f"killed {len(places)} times, went on from (epoch, batch)", places)
     assert run_until(killed) == 0 and len(places) >= 2

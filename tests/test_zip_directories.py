@@ -60,7 +60,7 @@ def both(data):
     return names
 
 
-# How many ------------------------------------------------------------------------------------------------------------------------
+# How many ---------------------------------------------------------------------------------------------------
 def test_more_members_than_the_record_can_count():
     "macOS counts modulo 65536 and writes no ZIP64"
     data = bytearray(zipped([f"{i}.png" for i in range(65_546)], data=b""))
@@ -74,7 +74,8 @@ def test_more_members_than_the_record_can_count():
 
 @pytest.mark.parametrize("stated", [0, 2, 4, 65_535])
 def test_a_count_that_contradicts_is_named(stated):
-    with pytest.raises(CorruptMember, match=f"a.zip.*({stated} members in|holds 3 members where its last record says {stated};)"):
+    with pytest.raises(CorruptMember, match=f"a.zip.*({stated} members in|holds 3 members where its "
+            f"last record says {stated};)"):
         ZipIndex.open(Memory(patched(zipped(["a.png", "b.png", "c.png"]), n=stated, here=stated)))
 
 
@@ -82,7 +83,8 @@ def test_a_count_that_contradicts_is_named(stated):
 def test_a_length_that_contradicts_is_named(change):
     data = zipped(["a.png", "b.png", "c.png"])
     length, = struct.unpack_from("<I", data, len(data) - 10)
-    with pytest.raises(CorruptMember, match="a.zip"): ZipIndex.open(Memory(patched(data, length=length + change)))
+    with pytest.raises(CorruptMember, match="a.zip"):
+        ZipIndex.open(Memory(patched(data, length=length + change)))
 
 
 def test_members_beyond_4_gb_with_places_of_32_bits():
@@ -106,15 +108,17 @@ def test_members_beyond_4_gb_with_places_of_32_bits():
     offset = 50 + len(header)
     end = struct.pack(END, b"PK\5\6", 0, 0, 3, 3, 3 * len(entry), offset, 0)
     middle = entry[:42] + struct.pack("<I", 1 << 31) + entry[46:]
-    source = Sparse([(0, header), (1 << 31, header), (far + 50, header), (far + offset, entry + middle + second + end)])
+    source = Sparse([(0, header), (1 << 31, header), (far + 50, header),
+                     (far + offset, entry + middle + second + end)])
     index = ZipIndex.open(source)
     assert [v for _, v in MemberReader(source, index)(range(3))] == [PICTURE] * 3
 
 
-# The last record -----------------------------------------------------------------------------------------------------------------
+# The last record --------------------------------------------------------------------------------------------
 def test_a_comment_that_holds_a_last_record():
     data = zipped(["a.png", "b.png"])
-    for fake, fine in ((struct.pack(END, b"PK\5\6", 0, 0, 7, 7, 999, 3, 0), True), (struct.pack(END, b"PK\5\6", 0, 0, 0, 0, 0, 0, 0), False)):
+    for fake, fine in ((struct.pack(END, b"PK\5\6", 0, 0, 7, 7, 999, 3, 0), True),
+                       (struct.pack(END, b"PK\5\6", 0, 0, 0, 0, 0, 0, 0), False)):
         commented = patched(data, comment=len(fake)) + fake
         if fine: assert ZipIndex.open(Memory(commented)).names() == ["a.png", "b.png"]
         else:
@@ -131,16 +135,19 @@ def test_bytes_in_front():
                 for n in ("a.png", "b.png"): z.writestr(n, PICTURE)
             glued = glued.getvalue()
         index = ZipIndex.open(Memory(glued))
-        assert [(index.name(j), v) for j, v in MemberReader(Memory(glued), index)(range(2))] == [("a.png", PICTURE), ("b.png", PICTURE)]
+        assert [(index.name(j), v) for j, v in MemberReader(Memory(glued), index)(range(2))] == [("a.png",
+            PICTURE), ("b.png", PICTURE)]
 
 
 def test_a_split_archive_is_named():
     data = zipped(["a.png", "b.png"])
     for changed in (patched(data, disk=1, start_disk=1), patched(data, disk=2)):
-        with pytest.raises(CorruptMember, match="part of a split archive; join the parts"): ZipIndex.open(Memory(changed))
+        with pytest.raises(CorruptMember, match="part of a split archive; join the parts"):
+            ZipIndex.open(Memory(changed))
     elsewhere = bytearray(data)
     struct.pack_into("<H", elsewhere, data.rfind(b"PK\1\2") + 34, 1)
-    with pytest.raises(CorruptMember, match="member 1 lies in another part of a split archive"): ZipIndex.open(Memory(bytes(elsewhere)))
+    with pytest.raises(CorruptMember, match="member 1 lies in another part of a split archive"):
+        ZipIndex.open(Memory(bytes(elsewhere)))
 
 
 def wide(data, n=None, narrow=None):
@@ -148,22 +155,27 @@ def wide(data, n=None, narrow=None):
     _, _, _, _, count, length, offset, _ = struct.unpack(END, data[-22:])
     record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, n or count, n or count, length, offset)
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(data) - 22, 1)
-    return data[:-22] + record + locator + struct.pack(END, b"PK\5\6", 0, 0, *(narrow or (0xffff, 0xffff, 0xffffffff, 0xffffffff)), 0)
+    return data[:-22] + record + locator + struct.pack(END, b"PK\5\6", 0, 0,
+        *(narrow or (0xffff, 0xffff, 0xffffffff, 0xffffffff)), 0)
 
 
 def test_zip64_in_whole_and_in_part():
     data = zipped(["a.png", "b.png"])
     length, offset = struct.unpack_from("<II", data, len(data) - 10)
-    for narrow in (None, (2, 2, length, offset), (0xffff, 0xffff, length, offset), (2, 2, length, 0xffffffff)):
+    for narrow in (None, (2, 2, length, offset), (0xffff, 0xffff, length, offset),
+                   (2, 2, length, 0xffffffff)):
         assert ZipIndex.open(Memory(wide(data, narrow=narrow))).names() == ["a.png", "b.png"]
-    with pytest.raises(CorruptMember, match="contradicts"): ZipIndex.open(Memory(wide(data, narrow=(3, 3, length, offset))))
-    with pytest.raises(CorruptMember, match="holds 2 members where its last record says 1;"): ZipIndex.open(Memory(wide(data, n=1)))
+    with pytest.raises(CorruptMember, match="contradicts"):
+        ZipIndex.open(Memory(wide(data, narrow=(3, 3, length, offset))))
+    with pytest.raises(CorruptMember, match="holds 2 members where its last record says 1;"):
+        ZipIndex.open(Memory(wide(data, n=1)))
 
 
-# Names ---------------------------------------------------------------------------------------------------------------------------
+# Names ------------------------------------------------------------------------------------------------------
 def test_backslashes_are_read_as_slashes_and_judged_as_such():
     harmless = ["images\\0.png", "a\\b/c.png", "d.png"]
-    data = zipped([*harmless, "..\\up.png", "a\\..\\..\\up.png", "C:\\c.png", "\\root.png", "\\\\server\\share.png", "__MACOSX\\x.png"])
+    data = zipped([*harmless, "..\\up.png", "a\\..\\..\\up.png", "C:\\c.png", "\\root.png",
+                   "\\\\server\\share.png", "__MACOSX\\x.png"])
     assert both(data) == [n.replace("\\", "/") for n in harmless]
     archive = open_archive(Memory(data))
     assert archive.find("images/0.png") == archive.find("images\\0.png") == 0
@@ -212,7 +224,7 @@ def test_a_name_that_comes_twice(caplog):
     assert (archive.select().tolist(), archive.find("a.png")) == ([0, 1], 1)
 
 
-# What is not read ----------------------------------------------------------------------------------------------------------------
+# What is not read -------------------------------------------------------------------------------------------
 def marked(field, value, method=None):
     "One stored picture, and one whose headers say something else"
     data = bytearray(zipped(["a.png", "b.png"]))
@@ -221,8 +233,10 @@ def marked(field, value, method=None):
     return bytes(data)
 
 
-NOT_READ = [("method", m, f"packed by {n} .method {m}.") for m, n in ((9, "Deflate64"), (12, "bzip2"), (14, "LZMA"), (93, "zstd"), (95, "XZ"), (98, "PPMd"),
-            (77, "an unknown method"))] + [("method", 99, "encrypted"), ("flags", 1, "encrypted"), ("flags", 0x41, "encrypted"), ("flags", 0x2001, "encrypted")]
+NOT_READ = [("method", m, f"packed by {n} .method {m}.") for m, n in ((9, "Deflate64"), (12, "bzip2"),
+(14, "LZMA"), (93, "zstd"), (95, "XZ"), (98, "PPMd"),
+            (77, "an unknown method"))] + [("method", 99, "encrypted"), ("flags", 1, "encrypted"),
+                                           ("flags", 0x41, "encrypted"), ("flags", 0x2001, "encrypted")]
 
 
 @pytest.mark.parametrize("field, value, why", NOT_READ)
@@ -235,7 +249,9 @@ def test_what_is_not_read_is_counted_once_and_refused_by_name(field, value, why,
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 2 and all("1 " in line for line in lines)
     asked = source.asked
-    with pytest.raises(UnreadableMember, match=f"b.png is {why}, which is not read; unpack a.zip and pack it again"): archive.read(1)
+    with pytest.raises(UnreadableMember, match=f"b.png is {why}, which is not read; "
+            "unpack a.zip and pack it again"):
+        archive.read(1)
     assert source.asked == asked   # nothing was fetched for it, least of all four times
 
 
@@ -249,17 +265,21 @@ def test_nothing_is_said_where_all_is_read(caplog):
 def test_an_encrypted_directory_is_no_damage_without_a_hint():
     data = zipped(["a.png", "b.png"])
     at = data.index(b"PK\1\2")
-    with pytest.raises(StreamError, match="a.zip"): ZipIndex.open(Memory(data[:at] + bytes(np.random.default_rng(0).bytes(len(data) - 22 - at)) + data[-22:]))
+    with pytest.raises(StreamError, match="a.zip"):
+        ZipIndex.open(Memory(data[:at] + bytes(np.random.default_rng(0).bytes(len(data) - 22 - at))
+                             + data[-22:]))
 
 
-# NIH -----------------------------------------------------------------------------------------------------------------------------
+# NIH --------------------------------------------------------------------------------------------------------
 def nih(folder, slash, closed=0, closed_table=False):
     "Twelve pictures of an NIH archive, the last ones and the table packed by bzip2 if asked for"
     head = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
-    rows = "".join(f"{i:08d}_000.png,{'Mass' if i % 3 == 0 else 'No Finding'},0,{i},50,M,PA\n" for i in range(12))
+    rows = "".join(f"{i:08d}_000.png,{'Mass' if i % 3 == 0 else 'No Finding'},0,{i},50,M,PA\n"
+                   for i in range(12))
     path = folder/"nih.zip"
     with zipfile.ZipFile(path, "w") as z:
-        z.writestr("Data_Entry_2017.csv", head + rows, zipfile.ZIP_BZIP2 if closed_table else zipfile.ZIP_DEFLATED)
+        z.writestr("Data_Entry_2017.csv", head + rows, zipfile.ZIP_BZIP2 if closed_table
+                   else zipfile.ZIP_DEFLATED)
         for i in range(12):
             info = zipfile.ZipInfo("x")
             info.filename = f"images_001{slash}images{slash}{i:08d}_000.png"
@@ -271,17 +291,21 @@ def nih(folder, slash, closed=0, closed_table=False):
 def test_nih_with_backslashes(tmp_path):
     tables = [nih_table(open_nih(nih(tmp_path, slash))) for slash in ("/", "\\")]
     columns = ["path", "label", "patient", "split", "member", "checksum", "stage", "finding"]
-    assert len(tables[0]) == 12 and tables[0][columns].equals(tables[1][columns]) and tables[1].attrs["missing"] == 0
+    assert len(tables[0]) == 12 and tables[0][columns].equals(tables[1][columns]) and tables[
+        1].attrs["missing"] == 0
 
 
 def test_nih_pictures_that_cannot_be_read_are_not_called_absent(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "anomdx"): table = nih_table(open_nih(nih(tmp_path, "/", closed=5)))
     assert (len(table), table.attrs["unread"], table.attrs["missing"], table.attrs["extra"]) == (7, 5, 0, 0)
     said = [r.getMessage() for r in caplog.records if "patients" in r.getMessage()]
-    assert len(said) == 1 and "5 pictures are there but cannot be read: 5 packed by bzip2 (method 12)" in said[0]
-    with pytest.raises(DataError, match="5 pictures are there but cannot be read"): nih_table(open_nih(tmp_path/"nih.zip"), strict=True)
+    assert len(
+        said) == 1 and "5 pictures are there but cannot be read: 5 packed by bzip2 (method 12)" in said[0]
+    with pytest.raises(DataError, match="5 pictures are there but cannot be read"):
+        nih_table(open_nih(tmp_path/"nih.zip"), strict=True)
 
 
 def test_an_nih_table_that_cannot_be_read_is_not_called_absent(tmp_path):
-    with pytest.raises(DataError, match="has Data_Entry_2017.csv, but it is packed by bzip2 .method 12., which is not read"):
+    with pytest.raises(DataError, match="has Data_Entry_2017.csv, but it is packed by bzip2 .method 12., "
+            "which is not read"):
         open_nih(nih(tmp_path, "/", closed_table=True))

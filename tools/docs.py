@@ -103,7 +103,7 @@ def lost_paragraphs(
     site: Path,              # folder of built pages
     nbs: Path,               # folder of their notebooks
     notebooks: list[Path],   # in it
-) -> list[str]:              # one line for each paragraph that does not stand on its page, in the order of the notebook
+) -> list[str]:              # one line for each paragraph that its page lacks, in the notebook's order
     "Compare the markdown cells of notebooks with their pages."
     lost = []
     for path in notebooks:
@@ -111,7 +111,8 @@ def lost_paragraphs(
         text = compact("".join(Words((site/page).read_text(encoding="utf-8")).parts))
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         at = 0
-        for paragraph in (p for c in cells if c["cell_type"] == "markdown" for p in paragraphs("".join(c["source"]))):
+        for paragraph in (p for c in cells if c["cell_type"] == "markdown"
+                          for p in paragraphs("".join(c["source"]))):
             wanted = compact(paragraph)
             found = text.find(wanted, at)
             if found < 0:
@@ -138,8 +139,10 @@ def build(
             nb.write_text(text, encoding="utf-8")
             nb.rename(nb.with_name(number_dropped(nb.name)))
         quarto = src/"_quarto.yml"
-        settings = re.sub(r" *grid:.*\n(?: {6,}.*\n)*", "", quarto.read_text(encoding="utf-8"))   # Quarto's widths; smalldocs takes site.css
-        quarto.write_text(re.sub(r"[^\s\[\],/]+\.ipynb", lambda m: number_dropped(m[0]), settings), encoding="utf-8")
+        # Quarto's widths; smalldocs takes site.css
+        settings = re.sub(r" *grid:.*\n(?: {6,}.*\n)*", "", quarto.read_text(encoding="utf-8"))
+        quarto.write_text(re.sub(r"[^\s\[\],/]+\.ipynb", lambda m: number_dropped(m[0]), settings),
+                          encoding="utf-8")
         subprocess.run([Path(sys.executable).with_name("smalldocs"), "render", "--quiet", "--strict", src], check=True)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(src/out.name, out)
@@ -151,10 +154,12 @@ def main() -> int:
     try: build(out)
     except subprocess.CalledProcessError: return 1   # smalldocs has said why
     broken = broken_links(out, cfg.doc_host + cfg.doc_baseurl)
-    notebooks = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(cfg.nbs_path).parts)]
+    notebooks = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
+                 if not any(part[0] in "._" for part in p.relative_to(cfg.nbs_path).parts)]
     lost = lost_paragraphs(out, cfg.nbs_path, notebooks)
     for line in [*broken, *lost]: print(line)
-    print(f"{out.name}: {len(list(out.rglob('*.html')))} pages, {len(broken)} broken links, {len(lost)} lost paragraphs")
+    print(f"{out.name}: {len(list(out.rglob('*.html')))} pages, {len(broken)} broken links, "
+        f"{len(lost)} lost paragraphs")
     return 1 if broken or lost else 0
 
 
