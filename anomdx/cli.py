@@ -108,12 +108,15 @@ def checked(
     from anomdx.datasets import in_archive, mask_findings
     from anomdx.duplicates import check_duplicates
     from anomdx.experiment import check_validation, create_detector, create_table, load_config
+    from anomdx.loaders import DataError
     cfg = load_config(preset, overrides)
     parameters = sum(p.numel() for p in create_detector(cfg).parameters())
     table = create_table(cfg, ".") if cfg.data.source != "atlas" else None
     if copies and table is not None and in_archive(table): raise ConfigError("--copies reads every image, and these lie in an archive; give it a table of files")
     if copies and table is not None: check_duplicates(table)
-    check_validation(cfg, table)
+    try: check_validation(cfg, table)
+    except DataError as e: few = e   # what else is odd is told with it
+    else: few = None
     rows = f"the {cfg.data.source} cohort" if table is None else f"{len(table)} scans"
     odd = [f"{n} {what}" for what, n in (table.attrs if table is not None else {}).items()
            if what in ("missing", "extra", "duplicates", "conflicting", "unread", "unlisted") and n]
@@ -124,8 +127,8 @@ def checked(
         n = len(given) if key == "refused" else sum(given.values())
         odd += [f"{n} {what}"] * bool(n)
     odd = [", ".join(odd)] * bool(odd)
-    if table is not None:
-        odd += [*table.attrs.get("told", ()), *mask_findings(table, cfg.transform.preset)]
+    if table is not None: odd += mask_findings(table, cfg.transform.preset)   # who is one patient is in the log
+    if few: raise DataError("; besides, ".join([str(few), *odd]))
     said = "but " + "; ".join(odd) if odd else "nothing to object to"
     return f"{cfg.model.name} with {parameters / 1e6:.2f} M parameters on {rows}: {said}"
 
@@ -147,7 +150,12 @@ def train(preset:str=PRESET, overrides:Optional[list[str]]=OVERRIDES, out:Option
     cfg = load_config(preset, overrides or ())
     folder = run(cfg, folder, resume, judge=stage_figures(cfg), tell=LiveTable({cfg.model.name: folder}))
     if (folder/"stages.jsonl").is_file(): print(stage_table({cfg.model.name: folder}).round(3).to_string())
-    threshold = calibrate(open_run(folder))
+    opened = open_run(folder)
+    was = (opened.threshold or {}).get("target_specificity")
+    threshold = calibrate(opened)
+    if was not in (None, threshold["target_specificity"]):
+        print(f"{folder}: the threshold that passed {was:.0%} is replaced; anomdx calibrate {folder} "
+              f"--specificity {was:g} brings it back", file=sys.stderr)
     print(f"{folder}: {cfg.model.name} trained; threshold {threshold['value']:.4g} passes {threshold['target_specificity']:.0%} of healthy scans. "
           f"Next: anomdx evaluate {folder}, anomdx report {folder}, anomdx predict {folder} FILE --out maps")
 

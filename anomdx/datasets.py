@@ -32,9 +32,8 @@ from .loaders import (
 from .oct import OCT_SUFFIXES, load_oct
 from .series import DICOMDIR, SeriesList, find_series, list_files, read_headers
 from .slides import PATCH_PATH, load_patch
-from .tables import (SPLITS, ScanTable, as_table, bids_rows, csv_rows, decathlon_rows,
-                           label_rows, name_columns)
-from .tables import npz_rows, select_rows
+from .tables import (SPLITS, ScanTable, as_table, bare, bids_rows, could_be, csv_rows, decathlon_rows,
+                           label_rows, means, name_columns, npz_rows, patient_names, select_rows)
 
 # %% ../nbs/06_datasets.ipynb #7cc3df50
 def dicom_rows(
@@ -227,6 +226,16 @@ def header_patients(
 @lru_cache(maxsize=4096)
 def say_once(source:str, text:str)->None: logging.getLogger("anomdx.datasets").info("%s: %s", source, text)
 
+def rival_columns(
+    rows:pd.DataFrame,  # texts
+)->list[str]: # columns that could be the patient too, and group the scans in another way
+    "What else may say who is one patient"
+    if "patient" not in rows: return []
+    own = tuple(pd.factorize(rows.patient)[0])
+    others = [c for c in rows if c != "patient" and means(c) == "patient"]
+    filled = [c for c in others if could_be("patient", set(rows[c]) - {""}) and (rows[c] != "").all()]
+    return [c for c in filled if tuple(pd.factorize(rows[c])[0]) != own]
+
 def known_rows(
     rows:pd.DataFrame,  # texts, from `read_rows`
     folder:Path,        # what their paths are relative to
@@ -240,8 +249,10 @@ def known_rows(
     told = [f"{column} is read from the column {name!r}" for column, name in taken.items()]
     if rows.empty or "path" not in rows:
         return rows, told
-    named = "patient" in rows and (rows.patient != "").any()
-    patient = rows.patient.copy() if "patient" in rows else pd.Series("", index=rows.index)
+    told += [f"patient is read from the column 'patient'; {name!r} groups the scans otherwise" for name in rival_columns(rows)]
+    patient, said = patient_names(rows.patient if "patient" in rows else pd.Series("", index=rows.index, dtype=str))
+    told += said
+    named = bool((patient != "").any())
     empty = patient == ""
     asked = header_patients([os.path.join(folder, p.replace("\\", "/")) for p in rows.path[empty]])
     found = [p if named or not p else keyed_hash(p) for p in asked]   # as `dicom_rows` names them
@@ -253,6 +264,9 @@ def known_rows(
     if alone == len(rows):
         sub = rows.path.str.contains(r"(?:^|[/\\])sub-[^/\\]*$").all()
         hint = "; their names begin with sub-" if sub else ""
+        repeat = [c for c in rows if re.search("id|pat|subj|anon|pseu|study|case", bare(c)) and 1 < rows[c].nunique() < len(rows)]
+        repeat = [c for c in repeat if c not in ("path", "label", "patient", "mask", "split")]
+        hint += f"; it may be {' or '.join(map(repr, repeat[:3]))}" if repeat else ""
         told.append(f"nothing says who is one patient, each of the {alone} scans counts as its own; "
                     f"if some have several, say so in a column 'patient'{hint}")
     elif alone:
@@ -619,6 +633,7 @@ def mask_counts(
         anomalous=count(lambda row, f: row["label"] == 1),
         empty=count(lambda row, f: row["label"] == 1 and not f["share"]),
         full=count(lambda row, f: f["share"] > .95),
+        shared=int(rows["mask"][rows["label"] == 1].duplicated(keep=False).sum()),
         soft=count(lambda row, f: f["read_as"] != "labels"), coloured=count(lambda row, f: f["colours"] > 1),
         merged=0 if asked else count(several), many=many,
         absent=[v for v in asked if v not in seen] if good and not many else [], seen=seen)
@@ -641,6 +656,7 @@ def mask_findings(
         empty=f"{c['empty']} of {c['anomalous']} masks of anomalous scans mark nothing (pixel figures "
               "leave those scans out)",
         full=f"{c['full']} of {c['n']} masks mark more than 95 % of their scan",
+        shared=f"{c['shared']} anomalous scans have a mask that is another scan's, too",
         soft=f"{c['soft']} of {c['n']} masks have soft edges (lesion is what lies above half)",
         coloured=f"{c['coloured']} of {c['n']} masks are drawn in several colours (each counts as lesion)",
         merged=f"{c['merged']} of {c['n']} masks hold several labels, of {numbers(c['seen'])} (all above "

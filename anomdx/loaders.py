@@ -2365,6 +2365,11 @@ def lesion_of(
                         "a number for each label")
     if lesion: found = torch.isin(labels, torch.tensor(lesion, dtype=labels.dtype))
     else: found = labels > (127.5 if labels.meta["read_as"] == "grey edges" else 0)
+    if len(colours) > 1 and found.all():
+        drawn = ", ".join(f"{c} ({n} pixels)" for c, n in list(colours.items())[:5])
+        raise LoadError(f"{labels.meta['source']} is drawn in {len(colours)} colours on no black background: "
+                        f"{drawn}; paint black what is no lesion, or save it as a grey or palette PNG with a "
+                        "number for each label")
     return found.any(0, keepdim=True).float()   # (C, *spatial) -> (1, *spatial)
 
 # %% ../nbs/00_loaders.ipynb #6d617384

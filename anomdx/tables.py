@@ -20,8 +20,9 @@ from .loaders import DataError, keyed_hash, npz_images
 NAMES = dict(   # column -> other names that mean it, in small letters without blanks and marks
     path=r"((image|img|scan|picture|file)(path|file|filename|name|index)?|path)s?",
     label=r"(class|target|y|(class|target)?labels?)",
-    patient=r"(id|anon)?(patient|subject|subj|participant|person|case)s?"
-            r"(id|no|nr|num|number|code|key|uid|hash|name)?s?|pid|mrn|sub|subid",
+    patient=r"(id|anon|pseudo)?(patient|patienten|subject|subj|participant|person|case)s?"
+            r"(id|identifier|no|nr|num|number|nummer|code|key|uid|hash|name|pseudonym)?s?"
+            r"|pid|mrn|sub|subid|pat|patid|patno|patnr|pseudonym|anonid",
     mask=r"(lesion)?(mask|segmentation|seg)s?(path|file|filename|image|name)?",
     split=r"(data|dataset)?(split|set|subset|fold|partition)s?")
 
@@ -91,7 +92,9 @@ def could_be(
     "Whether values are of the kind that a column needs"
     if column == "label": return values <= set(LABELS)
     if column == "split": return values <= set(SPLITS)
-    if column == "patient": return not {v.lower() for v in values} <= STATUS
+    if column == "patient":
+        topic = len(values) == 1 and not any(c.isdigit() for v in values for c in v)   # 'chest' in every row
+        return not topic and not {v.lower() for v in values} <= STATUS
     return any(re.search(r"\.\w{2,5}$|[/\\#]", v) for v in values)   # a file
 
 def nearly(
@@ -113,7 +116,8 @@ def column_for(
     "Which column is meant, or a DataError that asks"
     filled = [name for name in raw if name not in NAMES and (raw[name] != "").any()]
     found = [name for name in filled if means(name) == column]
-    fit = [name for name in found if bare(name) == column or could_be(column, set(raw[name]) - {""})]
+    asks = column == "mask"   # a question such as 'Mask?' has no files for its answers
+    fit = [name for name in found if bare(name) == column and not asks or could_be(column, set(raw[name]) - {""})]
     same = lambda name: pd.factorize(raw[name])[0] if column == "patient" else raw[name]
     groups = {name: tuple(same(name)) for name in fit}
     if len(set(groups.values())) > 1:
@@ -151,6 +155,25 @@ def name_columns(
     again = {name: kept[column] for column, name in taken.items() if column in asked}
     kept.attrs = dict(raw.attrs)
     return kept.assign(**again), taken
+
+# %% ../nbs/05_tables.ipynb #7d31c0a2
+NOBODY = {"nan", "none", "null", "n/a", "<na>", "unknown", "?", "-"}
+
+def patient_names(
+    patient:pd.Series, # texts
+)->tuple[pd.Series, list[str]]: # one name for each patient, '' where it is not known; what there is to say
+    "Patients under one name each"
+    plain = patient.str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+    nobody = plain.str.lower().isin(NOBODY) | (plain == "NA")   # as R writes it
+    plain = plain.mask(nobody, "")
+    people = plain[plain != ""].drop_duplicates()
+    alike = people.str.lower().str.replace(r"\s+", "", regex=True).str.replace(r"(?<!\d)0+(?=\d)", "", regex=True)
+    many = int(alike.duplicated(keep=False).sum())
+    told = [f"the patient of {nobody.sum()} scans is a word such as 'nan' or 'unknown' and names nobody"] * bool(nobody.any())
+    told += [f"{many} patients differ from another only in case, blanks or leading zeros; "
+             "if they are the same people, write them alike"] * bool(many)
+    return plain, told
+
 
 # %% ../nbs/05_tables.ipynb #1c894403
 def as_table(

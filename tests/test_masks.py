@@ -285,3 +285,12 @@ def test_real_masks_read_as_before(name):
     for _, row in rows[:3].iterrows():
         assert load_row(row)[1].any()
     assert mask_findings(rows[:9]) == []
+
+
+def test_a_drawing_on_white(tmp_path):
+    "White is a colour: without a black background nobody can say what the lesion is"
+    x = np.full((16, 16, 3), 255, np.uint8)
+    x[4:8, 4:8] = 255, 0, 0
+    with pytest.raises(LoadError, match="2 colours on no black background"): lesion_of(load_mask(picture(tmp_path, x)))
+    x[:, 12:] = 0
+    assert lesion_of(load_mask(picture(tmp_path, x))).sum() == 192

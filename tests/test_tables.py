@@ -173,3 +173,41 @@ def test_own_names_come_first(tmp_path):
 def test_checked_table_without_a_patient_column_does_not_leak(cohort):
     table = load_table(TableData(str(write(cohort, "path,label,Patient", lambda *v: ",".join(map(str, v))))))
     assert check_table(table) is table
+
+
+def rows_of(tmp_path, head, row, n=24):
+    "A CSV of n pictures that need not be there"
+    (tmp_path/"t.csv").write_text("\n".join([head, *(row(i) for i in range(n))]))
+    return read_table(tmp_path/"t.csv")
+
+
+def test_one_patient_under_two_spellings(tmp_path):
+    "pandas writes 12.0 for 12 where a column has gaps"
+    table = rows_of(tmp_path, "path,label,patient", lambda i: f"{i}.png,0,{i // 2}" + ".0" * (i % 2))
+    assert table.patient.nunique() == 12 and table.attrs["told"] == []
+    table = rows_of(tmp_path, "path,label,patient", lambda i: f"{i}.png,0,{'P' if i % 2 else 'p'}0{i // 2}")
+    assert "24 patients differ from another only in case, blanks or leading zeros" in table.attrs["told"][0]
+
+
+def test_unknown_is_nobody(tmp_path):
+    table = rows_of(tmp_path, "path,label,patient", lambda i: f"{i}.png,0,{'unknown' if i < 3 else i}")
+    assert table.patient.nunique() == 24 and "the patient of 3 scans is a word" in table.attrs["told"][0]
+
+
+def test_a_topic_is_no_patient_and_a_question_no_mask(tmp_path):
+    table = rows_of(tmp_path, "path,label,subject,Mask?", lambda i: f"{i}.png,0,chest,{i % 2}")
+    assert table.patient.nunique() == 24 and (table["mask"] == "").all()
+    table = rows_of(tmp_path, "path,label,Subject", lambda i: f"{i}.png,0,S1")   # all scans of one person
+    assert table.patient.nunique() == 1
+
+
+def test_two_columns_that_may_be_the_patient(tmp_path):
+    table = rows_of(tmp_path, "path,label,patient,Patient ID", lambda i: f"{i}.png,0,{i},{i // 2}")
+    assert table.attrs["told"] == ["patient is read from the column 'patient'; 'Patient ID' groups the scans otherwise"]
+    table = rows_of(tmp_path, "path,label,ID,study_id", lambda i: f"{i}.png,0,{i // 2},{i // 3}")
+    assert table.attrs["told"][0].endswith("it may be 'ID' or 'study_id'")
+
+
+@pytest.mark.parametrize("name", ["pat", "Pat-ID", "Pseudonym", "anon_id", "subject_identifier", "Patientennummer"])
+def test_more_names_of_a_patient(tmp_path, name):
+    assert rows_of(tmp_path, f"path,label,{name}", lambda i: f"{i}.png,0,{i // 2}").patient.nunique() == 12
