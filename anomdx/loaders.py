@@ -799,6 +799,17 @@ def is_image(
     kind = str(d.get("SOPClassUID") or "")
     return bool(d.get("Rows")) or d.pixels is not None and (asked or "Image Storage" in UID(kind).name)
 
+# %% ../nbs/00_loaders.ipynb #3c7e51a9
+def images_below(folder:Path)->bool:
+    "Whether a folder inside this one holds a DICOM image"
+    for p in folder.rglob("*"):
+        if p.parent == folder or p.name[0] == "." or not p.is_file(): continue
+        try:
+            with QUIET: d = dicom_header(p, FILE_TAGS)
+        except LoadError: continue   # damaged
+        if d is not None and is_image(d, False): return True
+    return False
+
 # %% ../nbs/00_loaders.ipynb #03a8ee81
 def dicom_headers(
     path:Path,  # one file, the folder of a series, or FOLDER/** for everything below it
@@ -813,6 +824,9 @@ def dicom_headers(
         headers = [(p, d) for p, d in headers if d is not None and is_image(d, p == path)]
     if headers: return headers
     if path.is_file() and path.name.upper() == "DICOMDIR": raise LoadError(f"{path} is a list of files; find what it lists with find_series()")
+    if path.is_dir() and images_below(path):
+        raise LoadError(f"{path} holds no DICOM image itself, but its sub-folders hold DICOM files; "
+            f"read {path}/** if they are one series, or list what they hold with find_series({str(path)!r})")
     raise LoadError(f"{path} holds no DICOM image; give the folder of one series, or one image file")
 
 # %% ../nbs/00_loaders.ipynb #f4a3c041
@@ -1125,6 +1139,17 @@ def field_findings(
     if d.PhotometricInterpretation not in kinds: found.append(f"{name} is none of {', '.join(kinds[:6])}, …")
     return found
 
+def spacing_findings(d:Dataset)->list[str]:
+    "A pixel of no size in any frame whose place is known; one phrase or none"
+    for h in frame_headers(d):
+        size = numbers(h.get("PixelSpacing"), 2)
+        place = numbers(h.get("ImagePositionPatient"), 3), numbers(h.get("ImageOrientationPatient"), 6)
+        placed = all(v is not None for v in place)
+        if placed and size is not None and size.min() <= 0:
+            held = shown("\\".join(map(str, h.PixelSpacing)))
+            return [f"PixelSpacing {Tag('PixelSpacing')} holds {held}, which it cannot be"]
+    return []
+
 def rescale_findings(d:Dataset)->list[str]:
     "What keeps stored values from becoming those of the modality, in any frame; one phrase or none"
     for h in frame_headers(d):
@@ -1178,7 +1203,8 @@ def header_findings(
     elif headers[0][1].get("PixelSpacing"): spare = SPARE
     for p, d in headers:
         found = [what for name, what in d.unreadable.items() if name not in spare]
-        found = found or field_findings(d) or rescale_findings(d) or pixel_findings(p, d)
+        found = found or field_findings(d) or spacing_findings(d)
+        found = found or rescale_findings(d) or pixel_findings(p, d)
         for what in found: files.setdefault(what, []).append(p.name)
     if len(headers) == 1: return list(files)
     where = lambda names: ", ".join(names[:2]) + f" and {len(names) - 2} more" * (len(names) > 2)
@@ -1201,7 +1227,7 @@ def place_tolerance(
 
 def stack_faults(
     headers:list[tuple[Path, Dataset]],  # two or more parallel slices
-)->dict[str, str]:  # 'copies', 'gap', 'tilt' -> what was found; empty when the stack is regular
+)->dict[str, str]:  # 'copies', 'parts', 'gap', 'tilt' -> what was found; empty when the stack is regular
     "Repeated places, gaps, irregular spacing and gantry tilt of a stack of parallel slices"
     _, positions, axes = slice_places(headers)
     x, y, depth = axes @ (positions - positions[0]).T   # (3, N), mm
@@ -1209,6 +1235,8 @@ def stack_faults(
     if repeated := int((gaps <= place_tolerance(headers[0][1])).sum()):
         return dict(copies=f"{repeated} slices share a place with another, "
             "and no tag in their headers tells whole volumes apart")
+    if np.round(gaps.max() / np.quantile(gaps, .5, method="lower")) > 10:   # too wide to be filled
+        return dict(parts=f"its slices lie in parts up to {gaps.max():.4g} mm apart")
     step = np.median(gaps)
     wide = np.round(gaps / step).clip(1)   # how many steps each gap holds
     level = np.concatenate([[0], np.cumsum(wide)]) / wide.sum()   # 0 … 1
@@ -1489,7 +1517,8 @@ def name_volumes(
         marks = new
         for name, v in zip(names, of):
             if not ordered: name[word] = tag_text(word, v, of)
-            else: name[word] = f"{word} +{v - min(of):g} s" if word in TIME_TAGS else f"{word} {v:g}"
+            elif word in TIME_TAGS: name[word] = f"{word} +{round(v - min(of), 4):g} s"
+            else: name[word] = f"{word} {v:g}"
     first = lambda column, m: min((column[i] for i in m if column[i] is not None), default=0)
     by_time = [[first(column, m) for column in orders.values()] for m in members]
     order = sorted(range(len(members)), key=lambda k: (marks[k], by_time[k], int(members[k][0])))
@@ -1949,6 +1978,8 @@ def what_helps(
     asked = ", ".join(map(repr, sorted(kinds | {*allow} & {"gap", "tilt"})))
     if kinds <= {"gap", "tilt"}: return f"complete it, or have it resampled with allow=({asked},)"
     if "copies" in kinds: return "keep one slice of each place"
+    if "parts" in kinds:
+        return "put each part into a folder of its own" if len(headers) > 1 else "export each part by itself"
     if len(headers) == 1: return "export it again, or convert it to NIfTI"
     return "keep the files of one complete series"
 
@@ -1991,7 +2022,7 @@ def mixed_reasons(groups:dict[str, Part])->list[str]:
         return [f"{len(series)} series are mixed ({', '.join(map(str, series.values()))} files)"]
     volumes = [g for g in groups.values() if g.words]
     faults = series_faults(Part(h for g in groups.values() for h in g))
-    found = [v for k, v in faults.items() if k not in ("copies", "gap", "tilt")]
+    found = [v for k, v in faults.items() if k not in ("copies", "parts", "gap", "tilt")]
     words = ", ".join(dict.fromkeys(w for g in volumes for w in g.words))
     if volumes: found.append(f"{len(volumes)} volumes lie at the same places and differ in {words}")
     return found or [f"it holds {len(groups)} scans"]
@@ -2021,7 +2052,6 @@ def choose_part(
         helps += f"; the others are refused: {'; '.join(rest)}"
     raise LoadError(f"{path} is not one regular volume: {'; '.join(found)}; {helps}")
 
-
 # %% ../nbs/00_loaders.ipynb #f4a3c036
 def read_series(
     files:list[Path],           # one image file, or those of one series
@@ -2031,9 +2061,10 @@ def read_series(
     path, headers = Path(files[0]), [h for f in files for h in dicom_headers(Path(f))]
     if len(files) > 1: path = path.parent
     with reading(path, "a DICOM series"): groups = series_groups(headers)
-    if len(groups) > 1: raise LoadError(
-        f"{path} is not one regular volume: {'; '.join(mixed_reasons(groups))}; "
-        "give the files of one of them")
+    if len(groups) > 1:
+        refuse_headers(path, headers)
+        reasons = "; ".join(mixed_reasons(groups))
+        raise LoadError(f"{path} is not one regular volume: {reasons}; give the files of one of them")
     return read_images(next(iter(groups.values())), path, allow)
 
 def read_dicom(

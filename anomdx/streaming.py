@@ -58,13 +58,21 @@ class End(NamedTuple):
             return False
         return at < start or self.length == 0 or bytes(buf[at - start:at - start + 4]) == b"PK\1\2"
 
-def end_records(buf: bytes | bytearray, start: int, name: str) -> Iterator[End]:
-    "Each record at the end of a ZIP whose comment ends with the file, the last one first. Source: PKWARE APPNOTE 4.3.14–4.3.16"
+def end_records(buf: bytes | bytearray, start: int, name: str) -> list[End]:
+    "The records whose comment ends with the file, else before zeros, last first. Source: APPNOTE 4.3.14–4.3.16"
+    stops = {} # where a record begins -> where its comment ends
     i = buf.rfind(b"PK\5\6")
     while i >= 0:
-        if i + 22 <= len(buf) and i + 22 + struct.unpack_from("<H", buf, i + 20)[0] == len(buf):
-            yield end_record(buf, i, start, name)
+        if i + 22 <= len(buf): stops[i] = i + 22 + struct.unpack_from("<H", buf, i + 20)[0]
         i = buf.rfind(b"PK\5\6", 0, i)
+    filled = len(buf.rstrip(b"\0")) # some tools pad with zeros
+    ends = [i for i, stop in stops.items() if stop == len(buf)]
+    ends = ends or [i for i, stop in stops.items() if filled <= stop < len(buf)]
+    more = [len(buf) - stop for stop in stops.values() if stop < len(buf)]
+    if more and not ends:
+        raise CorruptMember(f"{name}: {more[0]} bytes that are not all zero follow its end-of-directory record; "
+            "cut them off, or fetch it again if it is cut short")
+    return [end_record(buf, i, start, name) for i in ends]
 
 def end_record(buf: bytes | bytearray, i: int, start: int, name: str) -> End:
     disks, n, length, offset = narrow = struct.unpack_from("<I2xHII", buf, i + 4)
@@ -80,15 +88,13 @@ def end_record(buf: bytes | bytearray, i: int, start: int, name: str) -> End:
                 f"narrow one ({many} and {few})")
     return End(wide[0], True, disks, wide[1], wide[2], start + at)
 
-
 # %% ../nbs/30_streaming.ipynb #fd35a7a6
 def find_directory(source: Source, max_bytes: int = 256 << 20
     ) -> tuple[int, bool, int, int, bytes | bytearray]:
     "Stated number of members, whether it is wide (64 bits), bytes glued in front, where the directory begins, and the directory"
     start, buf = source.tail(256 << 10)
-    ends = list(end_records(buf, start, source.name))
-    if not ends:
-        raise CorruptMember(f"{source.name} has no end-of-directory record: it is cut short, or not a ZIP")
+    ends = end_records(buf, start, source.name)
+    if not ends: raise CorruptMember(f"{source.name} has no end-of-directory record: it is cut short, or not a ZIP")
     fitting = [end for end in ends if end.fits(buf, start, max_bytes)]
     if len(fitting) > 1:
         raise CorruptMember(f"{source.name} ends in {len(fitting)} records that each name another directory; "
@@ -254,13 +260,16 @@ def select_members(
     "The members that can be read and are meant; those that are meant and cannot be read are counted in the log, once"
     ids = np.flatnonzero([is_meant(name, suffix, prefix) for name in index.each_name()])
     why = obstacles(index, ids, max_size, max_ratio)
-    if why: tell_once(index, why, len(ids))
-    return ids[[int(j) not in why for j in ids]].astype(np.int64)
+    if why: tell_once(index, describe_obstacles(index, why, len(ids)))
+    ids = ids[[int(j) not in why for j in ids]].astype(np.int64)
+    if said := shared_names(index, ids): tell_once(index, said)
+    return ids
 
-# neither a folder nor what macOS adds
-def is_meant(name: str, suffix: str | tuple[str, ...], prefix: str) -> bool:
-    return (name.lower().endswith(suffix) and name.startswith(prefix) and name[-1:] not in ("", "/")
-            and "__MACOSX" not in name.split("/"))
+def is_meant(name: str, suffix: str | tuple[str, ...], prefix: str) -> bool: # neither a folder nor what macOS adds
+    if not name.lower().endswith(suffix) or not name.startswith(prefix): return False
+    *folders, last = name.split("/")
+    return last != "" and not last.startswith("._") and "__MACOSX" not in (*folders, last)
+
 
 # %% ../nbs/30_streaming.ipynb #2d6e1f06
 log = logging.getLogger("anomdx.streaming")
@@ -288,14 +297,26 @@ def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE,
         for j in ids[holds].tolist(): why.setdefault(j, reason)
     return why
 
-def tell_once(index: ZipIndex, why: dict[int, str], n: int) -> None:
-    "One line in the log for what is left out of `n` members"
+def describe_obstacles(index: ZipIndex, why: dict[int, str], n: int) -> str:
+    "What is left out of `n` members, in one line"
     said = ", ".join(f"{k} {reason}" for reason, k in Counter(why.values()).most_common())
-    line = (f"{index.name_of}: {len(why)} of {n} members are left out: {said}, such as "
-        f"{index.name(min(why))!r}; unpack it and pack it again by deflate to use them")
+    return (f"{index.name_of}: {len(why)} of {n} members are left out: {said}, such as {index.name(min(why))!r}; "
+            "unpack it and pack it again by deflate to use them")
+
+def shared_names(index: ZipIndex, ids: np.ndarray) -> str: # '' where each has a name of its own
+    "How many of these members share a name with another, in one line"
+    marks = np.fromiter(map(hash, index.each_name(ids)), np.int64, len(ids)) # smaller than 100,000 names
+    _, at, n = np.unique(marks, return_inverse=True, return_counts=True)
+    names = {name: k for name, k in Counter(index.each_name(ids[n[at] > 1])).items() if k > 1}
+    if not names: return ""
+    many = f"{len(names)} names stand" if len(names) > 1 else "1 name stands"
+    return (f"{index.name_of}: {many} for {sum(names.values())} members, such as {next(iter(names))!r}; "
+            "find() takes the last of each")
+
+def tell_once(index: ZipIndex, line: str) -> None:
+    "A line in the log, unless it was there before"
     if line not in index.told: log.warning("%s", line)
     index.told.add(line)
-
 
 # %% ../nbs/30_streaming.ipynb #15788ade
 def unicode_name(raw: bytes, extra: bytes) -> bytes | None:

@@ -15,7 +15,7 @@ from pydicom.uid import (ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVR
                          JPEGBaseline8Bit, PositronEmissionTomographyImageStorage, RLELossless,
                          UltrasoundImageStorage)
 
-from anomdx.loaders import LoadError, load_scan
+from anomdx.loaders import LoadError, load_scan, read_series
 from anomdx.series import find_series
 from scans import block, dataset, image_header, write_series
 
@@ -107,6 +107,19 @@ def test_a_picture_too(tmp_path, name, vr, value):
     rewrite(path, (name, vr, value))
     both_refuse(path.parent, name)
     with pytest.raises(LoadError, match=name): load_scan(path)
+
+
+@pytest.mark.parametrize("value", [rb"0\0 ", rb"0\0.75", rb"0.0\0.0 "])
+def test_a_pixel_of_no_size_in_a_known_place(tmp_path, value):
+    write_series(tmp_path/"ct", VOXELS)
+    files = sorted((tmp_path/"ct").iterdir())
+    for p in files: rewrite(p, ("PixelSpacing", "DS", value))
+    said = f"PixelSpacing (0028,0030) holds '{value.decode().strip()}'"
+    both_refuse(tmp_path/"ct", said)
+    with pytest.raises(LoadError) as e: read_series(files)
+    assert said in str(e.value)
+    for p in files: rewrite(p, without=("ImagePositionPatient",))
+    assert np.isnan(load_scan(files[0]).meta["spacing"]).any()   # a picture without a place
 
 
 def test_no_name_in_a_refusal(tmp_path):

@@ -369,6 +369,57 @@ def test_find_series_load_scan_and_predict_agree(case, tmp_path):
     if all(s.findings for s in found): assert all(f in str(e.value) for s in found for f in s.findings)
 
 
+def test_slices_in_sub_folders_are_pointed_to(tmp_path):
+    folder = tmp_path/"one"
+    write_series(folder, truth(0))
+    for k, p in enumerate(sorted(folder.iterdir())):
+        (folder/f"s{k}").mkdir()
+        p.rename(folder/f"s{k}"/"x.dcm")
+    with pytest.raises(LoadError, match="sub-folders hold DICOM files") as e: load_scan(folder)
+    assert f"{folder}/**" in str(e.value) and f"find_series({str(folder)!r})" in str(e.value)
+    s, = find_series(folder, progress=False)
+    for path in (folder/"**", s.path):
+        np.testing.assert_array_equal(load_scan(path).numpy()[0], truth(0).transpose(2, 1, 0))
+
+
+def test_sub_folders_without_images_are_not_pointed_to(tmp_path):
+    (tmp_path/"s").mkdir()
+    (tmp_path/"s"/"notes.txt").write_text("no image")
+    with pytest.raises(LoadError, match="holds no DICOM image; give") as e: load_scan(tmp_path)
+    assert "**" not in str(e.value)
+
+
+@pytest.mark.parametrize("places, named", [([0, 1, 2, 3, 50, 51, 52], False), ([0, 1, 2, 3, 50, 51, 52], True), ([0, 1, 50], False)])
+def test_parts_far_apart_are_not_filled(tmp_path, places, named):
+    uid = {} if named else dict(SeriesInstanceUID="")
+    write_series(tmp_path/"s", block(len(places), 9, 10), spacing=(1, 1, 2.), places=places, **uid)
+    far = 2 * max(b - a for a, b in itertools.pairwise(places))
+    for allow in ((), ("gap",), ("gap", "tilt")):
+        with pytest.raises(LoadError, match=f"its slices lie in parts up to {far} mm apart") as e:
+            load_scan(tmp_path/"s", allow=allow)
+        assert "allow" not in str(e.value) and "folder of its own" in str(e.value)
+        s, = find_series(tmp_path/"s", allow=allow, progress=False)
+        assert f"parts up to {far} mm apart" in s.findings[0]
+    for p in sorted((tmp_path/"s").iterdir()):
+        part = tmp_path/("high" if pydicom.dcmread(p).ImagePositionPatient[2] > 60 else "low")
+        part.mkdir(exist_ok=True)
+        p.rename(part/p.name)
+    n = sum(k < 20 for k in places)
+    assert load_scan(tmp_path/"low").shape[-1] == n   # the advice helps
+
+
+def test_ten_steps_are_still_a_gap(tmp_path):
+    write_series(tmp_path/"s", block(6, 9, 10), places=[0, 1, 2, 12, 13, 14])
+    with pytest.raises(LoadError, match="missing slices: 9;"): load_scan(tmp_path/"s")
+    assert load_scan(tmp_path/"s", allow=("gap",)).shape == (1, 10, 9, 15)
+
+
+def test_times_are_told_without_float_noise(tmp_path):
+    times = ["101010.100001", "101011.100011"]
+    folder = copies(tmp_path/"s", *(dict(ContentTime=t) for t in times))
+    check(folder, 2, ["ContentTime +0 s", "ContentTime +1 s"])
+
+
 def test_interleaved_slices_are_a_finding_on_both_roads(tmp_path):
     mixed(tmp_path/"s", *FOLDERS["alternating"])
     found = find_series(tmp_path/"s", progress=False)

@@ -139,6 +139,25 @@ def test_bytes_in_front():
             PICTURE), ("b.png", PICTURE)]
 
 
+@pytest.mark.parametrize("comment", [b"", b"taken in May"])
+@pytest.mark.parametrize("n", [1, 300, 60_000])
+def test_zeros_behind(n, comment):
+    data = zipped(["a.png", "b.png"])
+    data = patched(data, comment=len(comment)) + comment
+    assert both(data + bytes(n)) == zipfile.ZipFile(io.BytesIO(data + bytes(n))).namelist() == ["a.png", "b.png"]
+    for other in (bytes(n) + b"x", b"x" + bytes(n)):
+        with pytest.raises(CorruptMember, match=f"a.zip: {n + 1} bytes that are not all zero follow"):
+            ZipIndex.open(Memory(data + other))
+    with pytest.raises(CorruptMember, match="cut short, or not a ZIP"): ZipIndex.open(Memory(bytes(n)))
+    assert both(wide(zipped(["a.png"])) + bytes(n)) == ["a.png"]
+
+
+def test_a_comment_of_zeros_behind_a_last_record():
+    "What is exact comes before what is padded"
+    fake = struct.pack(END, b"PK\5\6", 0, 0, 0, 0, 0, 0, 0) + bytes(9)
+    assert ZipIndex.open(Memory(patched(zipped(["a.png"]), comment=len(fake)) + fake)).names() == ["a.png"]
+
+
 def test_a_split_archive_is_named():
     data = zipped(["a.png", "b.png"])
     for changed in (patched(data, disk=1, start_disk=1), patched(data, disk=2)):
@@ -222,6 +241,21 @@ def test_a_name_that_comes_twice(caplog):
     with pytest.warns(UserWarning): data = zipped(["a.png", "a.png"])
     archive = open_archive(Memory(data))
     assert (archive.select().tolist(), archive.find("a.png")) == ([0, 1], 1)
+    archive.select()
+    assert [r.message for r in caplog.records if "stands for" in r.message] == [
+        "a.zip: 1 name stands for 2 members, such as 'a.png'; find() takes the last of each"]
+
+
+def test_names_that_become_one(caplog):
+    names = ["i\\1.png", "i/1.png", "j/1.png", "j\\1.png", "k.png"]
+    assert len(both(zipped(names))) == 5
+    said = [r.message for r in caplog.records]
+    assert len(said) == 1 and "2 names stand for 4 members, such as 'i/1.png'" in said[0]
+
+
+def test_what_macos_adds_beside_a_picture(caplog):
+    assert both(zipped(["a.png", "._a.png", "b/._c.png", "b/c._d.png", "._e/f.png"])) == ["a.png", "b/c._d.png", "._e/f.png"]
+    assert not caplog.records
 
 
 # What is not read -------------------------------------------------------------------------------------------
