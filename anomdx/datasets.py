@@ -127,8 +127,8 @@ def scans_below(
         elif kind != DICOMDIR:
             plain[f] = kind
     plain |= {f: kind for kind, found in odd.items() if kind != "hidden" for f in found}
-    plain |= dict.fromkeys(wrote, "written by anomdx") | dict.fromkeys(masks, "by the name of their folder "
-        "masks")
+    plain |= dict.fromkeys(wrote, "written by anomdx") | dict.fromkeys(masks, "by the name of their "
+        "folder masks")
     plain |= dict.fromkeys(series.missing, "missing, listed in DICOMDIR")
     for f, kind in plain.items():
         top = f.relative_to(root).parts[:-1][:1] if root in f.parents else ()
@@ -150,8 +150,8 @@ def folder_rows(
     rows, refused = dicom_rows(folder, allow, series)
     if len(pair) == 1 or not pair and (len(scans) > images or rows.empty and not refused):
         missing = "anomalous" if pair == ["healthy"] else "healthy"
-        raise DataError(f"{folder} needs the folders healthy/ and anomalous/, {missing}/ is missing; "
-            "or give a CSV with the columns path and label")
+        raise DataError(f"{folder} needs the folders healthy/ and anomalous/, {missing}/ is missing; or "
+                        "give a CSV with the columns path and label")
     if not pair:   # the few pictures in a DICOM tree are previews and reports
         passed = passed | Counter(f"{f.suffix.lower()} beside DICOM series" for f in files)
         scans = []
@@ -267,8 +267,8 @@ def known_rows(
         repeat = [c for c in rows if re.search("id|pat|subj|anon|pseu|study|case", bare(c)) and 1 < rows[c].nunique() < len(rows)]
         repeat = [c for c in repeat if c not in ("path", "label", "patient", "mask", "split")]
         hint += f"; it may be {' or '.join(map(repr, repeat[:3]))}" if repeat else ""
-        told.append(f"nothing says who is one patient, each of the {alone} scans counts as its own; "
-                    f"if some have several, say so in a column 'patient'{hint}")
+        told.append(f"nothing says who is one patient, each of the {alone} scans counts as its own; if "
+                    f"some have several, say so in a column 'patient'{hint}")
     elif alone:
         told.append(f"{alone} of {len(rows)} scans have no patient and count as patients of their own")
     for text in told:
@@ -401,8 +401,8 @@ def check_specificity(
     need, most = math.ceil(target / (1 - target) - 1e-9), math.floor(1000 * n / (n + 1)) / 1000
     if n < need:
         raise DataError(f"a {kind} of {target:g} needs at least {need} healthy {what}, got {n}; add scans" + (
-            f", or ask for at most {most:g}: eval.{key}_specificity={most:g} when training, or "
-            f"anomdx calibrate RUN {option} {most:g} for a run that is trained" if n else ""))
+            f", or ask for at most {most:g}: eval.{key}_specificity={most:g} when training, or anomdx "
+            f"calibrate RUN {option} {most:g} for a run that is trained" if n else ""))
 
 # %% ../nbs/06_datasets.ipynb #1e670237
 def scan_file(
@@ -659,8 +659,8 @@ def mask_findings(
         shared=f"{c['shared']} anomalous scans have a mask that is another scan's, too",
         soft=f"{c['soft']} of {c['n']} masks have soft edges (lesion is what lies above half)",
         coloured=f"{c['coloured']} of {c['n']} masks are drawn in several colours (each counts as lesion)",
-        merged=f"{c['merged']} of {c['n']} masks hold several labels, of {numbers(c['seen'])} (all above "
-               "0 count as lesion; lesion=[…] chooses)",
+        merged=f"{c['merged']} of {c['n']} masks hold several labels, of {numbers(c['seen'])} (all above 0 "
+               "count as lesion; lesion=[…] chooses)",
         many=f"{c['many']} of {c['n']} masks hold more than 256 values, as a scan does")
     return [text for key, text in found.items() if c[key]]
 

@@ -525,7 +525,7 @@ def find_texts(
         data = archive.read(inside[name]) if name in inside else next((d for p in places[::-1] if (d := p.near(name)) is not None), None)
         if data is None and name in closed:
             raise DataError(f"{archive.name} has {name}, but it is {closed[name]}, which is not read; "
-            "unpack it and lay it beside, or say where it is with texts=")
+                            "unpack it and lay it beside, or say where it is with texts=")
         if data is not None: found[kind] = unpacked(data, name)
     return found
 

@@ -373,8 +373,8 @@ def plant_lesion(
     known = np.isfinite(stated).all()   # a plain tensor has pixels, and nobody expects more
     if options.get("diameter") is not None and not known:
         source = x.meta.get("source", "the scan")
-        raise DataError(f"the diameter of a lesion is in mm, but {source} does not say how large its pixels "
-                        "are; leave it out, or plant in scan.as_tensor(), where it is in pixels")
+        raise DataError(f"the diameter of a lesion is in mm, but {source} does not say how large its "
+                        "pixels are; leave it out, or plant in scan.as_tensor(), where it is in pixels")
     inside = find_tissue(a, lesion.organ, tissue)
     arrays = {k: options.pop(k) for k in ("donor",) if options.get(k) is not None}   # a second scan cannot be part of a record
     if params is None:

@@ -198,8 +198,7 @@ def to_scan(
     if not sound or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-3:
         said = " × ".join(f"{s:.4g}" for s in spacing)
         raise LoadError(f"{source} has a geometry that cannot be: a voxel size or a direction is zero, "
-        "huge or no "
-                        f"number (its voxels are {said} mm); repair its header")
+                        f"huge or no number (its voxels are {said} mm); repair its header")
     meta = dict(spacing=spacing, source=str(source), **meta)
     return MetaTensor(x, affine=torch.as_tensor(affine, dtype=torch.float64), meta=meta)
 
@@ -247,8 +246,8 @@ def read_picture(
         modes = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16L", "I;16B", "F")
         if getattr(im, "n_frames", 1) > 1: raise LoadError(f"{path} holds {im.n_frames} pages, a picture has one; save each page to a file")
         if im.format != "BMP" and ";16" in str(im.tile) and im.mode in ("RGB", "RGBA", "LA"):
-            raise LoadError(f"{path} holds 16-bit colour, which would be cut to 8 bits; "
-                            "save it as 16-bit grey or 8-bit colour")
+            raise LoadError(f"{path} holds 16-bit colour, which would be cut to 8 bits; save it as 16-bit "
+                            "grey or 8-bit colour")
         if im.format == "TIFF" and im.tag_v2.get(262) == 0 and im.mode not in ("1", "L"): raise LoadError(
             f"{path} counts from white (WhiteIsZero) with more than 8 bits, which would be shown inverted; save it as BlackIsZero")
         believe(path, 8 * math.prod(im.size) * len(im.getbands()), os.path.getsize(path) if data is None else len(data))
@@ -275,8 +274,8 @@ def npz_headers(
             with z.open(name) as f:
                 version = np.lib.format.read_magic(f)[0]
                 if version not in header:
-                    raise LoadError(f"{path} holds {name} in version {version} of .npy; "
-                        "save it as a plain array")
+                    raise LoadError(f"{path} holds {name} in version {version} of .npy; save it as a plain "
+                                    "array")
                 shape, _, dtype = header[version](f)
             found[name.removesuffix(".npy")] = shape, dtype
     return found
@@ -353,15 +352,13 @@ def unoriented_nifti(
 )->dict:                    # affine, spacing, oriented
     "The voxel size of a file that does not say how it lies"
     if "unoriented" not in allow:
-        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); "
-        "if its voxel size "
-                        "is enough, load it with allow=('unoriented',)")
+        raise LoadError(f"{path} does not say how it lies in the patient (qform and sform codes are 0); if "
+                        "its voxel size is enough, load it with allow=('unoriented',)")
     n = min(len(h.get_data_shape()), 3)
     size = np.abs(h["pixdim"][1:4].astype(float))
     if np.isinf(size[:n]).any():
-        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); "
-        "write their true size, "
-                        "or 0 if it is not known")
+        raise LoadError(f"{path} has voxels of {listed(h['pixdim'][1:n + 1])} mm (pixdim); write their "
+                        "true size, or 0 if it is not known")
     filled_in = not unit and (size[:n] == 1).all()   # what libraries write when they know nothing
     size = np.where((size == 0) | filled_in, np.nan, size)
     steps = [1. if np.isnan(s) or i >= n else s for i, s in enumerate(size)]
@@ -378,8 +375,8 @@ def nifti_geometry(
     code = int(h["xyzt_units"]) & 7
     unit = {0: "", 1: "meter", 2: "mm", 3: "micron"}.get(code, f"an unknown unit ({code})")
     if unit not in ("", "mm"):
-        raise LoadError(f"{path} gives its geometry in {unit} (xyzt_units); anomdx needs mm: "
-            "rescale its header")
+        raise LoadError(f"{path} gives its geometry in {unit} (xyzt_units); anomdx needs mm: rescale its "
+                        "header")
     codes = [min(max(int(h[name]), 0), 5) for name in ("qform_code", "sform_code")]   # 0 is none, 5 the last
     choice = next((name for name in allow if name in ("qform", "sform")), "")
     qform, wrong_q = nifti_qform(h, [n == 1 for n in shape]) if codes[0] else (None, "")
@@ -398,9 +395,8 @@ def nifti_geometry(
         corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape], [1])).reshape(4, -1)
         apart = np.linalg.norm((sform - qform) @ corners, axis=0).max()
         if apart > .1 * np.linalg.norm(sform[:3, :3], axis=0).min():
-            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; "
-            "choose one with allow=('sform',), "
-                            "as nibabel does, or allow=('qform',), as ITK does")
+            raise LoadError(f"{path} has two geometries, up to {apart:.1f} mm apart; choose one with "
+                            "allow=('sform',), as nibabel does, or allow=('qform',), as ITK does")
     affine = qform if sform is None or choice == "qform" and qform is not None else sform
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return dict(affine=affine, spacing=spacing, oriented=True, codes=codes, qform=qform, sform=sform)
@@ -424,8 +420,8 @@ def nifti_header(
     block = f.read(540)
     kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(block) else nib.Nifti1Header
     if not kind.may_contain_header(block):
-        bare = (f"its first {len(block)} bytes are no NIfTI header (magic); "
-            "give it the suffix of its own format")
+        bare = (f"its first {len(block)} bytes are no NIfTI header (magic); give it the suffix of its own "
+                "format")
         raise LoadError(f"{path} is no NIfTI file: {other_kind(path) or bare}")
     orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
     order = orders.get(kind.sizeof_hdr)
@@ -469,9 +465,8 @@ def read_nifti(
         x = np.asarray(ArrayProxy(f, (shape, dtype, start, *scale), mmap=mmap), np.float32)
         f.seek(start + count * dtype.itemsize)
         if doubts and f.read(1):
-            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, "
-            "but more values follow; "
-                            "export it again")
+            raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, but more values "
+                            "follow; export it again")
         finite = dtype.kind in "iu" and scale == (1, 0)
     while x.ndim > 3 and x.shape[3] == 1: x = x[:, :, :, 0]   # unused time axis
     if not 2 <= x.ndim <= 4:
@@ -544,9 +539,8 @@ def read_nrrd(
     with reading(path, "a NRRD volume"), open(path, "rb") as f:
         header = nrrd.read_header(f)
         if missing := [k for k in ("type", "dimension", "sizes", "encoding") if k not in header]:
-            raise LoadError(f"{path} cannot be read as a NRRD volume: "
-            f"its header has no {' and no '.join(missing)}; "
-                            "export it again")
+            raise LoadError(f"{path} cannot be read as a NRRD volume: its header has no "
+                            f"{' and no '.join(missing)}; export it again")
         meta = nrrd_geometry(header, path, allow)
         x = nrrd_values(f, header, path)
     channels = set(range(x.ndim)) - set(meta.pop("spatial"))
@@ -825,8 +819,9 @@ def dicom_headers(
     if headers: return headers
     if path.is_file() and path.name.upper() == "DICOMDIR": raise LoadError(f"{path} is a list of files; find what it lists with find_series()")
     if path.is_dir() and images_below(path):
-        raise LoadError(f"{path} holds no DICOM image itself, but its sub-folders hold DICOM files; "
-            f"read {path}/** if they are one series, or list what they hold with find_series({str(path)!r})")
+        raise LoadError(f"{path} holds no DICOM image itself, but its sub-folders hold DICOM files; read "
+                        f"{path}/** if they are one series, or list what they hold with "
+                        f"find_series({str(path)!r})")
     raise LoadError(f"{path} holds no DICOM image; give the folder of one series, or one image file")
 
 # %% ../nbs/00_loaders.ipynb #f4a3c041
@@ -943,11 +938,11 @@ def mosaic_count(
     counts = sorted({int(v[0]) for v in said if v is not None and v[0] >= 1})
     if not counts:
         raise LoadError("it is a mosaic, many slices in one picture, but their number "
-        "(NumberOfImagesInMosaic) is missing from its "
-        "private elements (0019,xx0A) and (0029,xx10) or unreadable")
+                        "(NumberOfImagesInMosaic) is missing from its private elements (0019,xx0A) and "
+                        "(0029,xx10) or unreadable")
     if len(counts) > 1:
-        raise LoadError(f"it is a mosaic of {counts[0]} or {counts[1]} slices: its elements (0019,xx0A) and "
-            "(0029,xx10) contradict each other")
+        raise LoadError(f"it is a mosaic of {counts[0]} or {counts[1]} slices: its elements (0019,xx0A) "
+                        "and (0029,xx10) contradict each other")
     return counts[0]
 
 def fit_tiles(
@@ -960,8 +955,8 @@ def fit_tiles(
     if not all(isinstance(n, int) and n >= 1 for n in size):
         raise LoadError(f"it is a {tiled(d)} without a readable number of rows or columns")
     if size[0] % rows or size[1] % columns: raise LoadError(
-        f"it is a {tiled(d)} whose {size[0]} x {size[1]} pixels cannot be cut into {rows} x {columns} tiles, "
-        "as its number of slices asks for")
+        f"it is a {tiled(d)} whose {size[0]} x {size[1]} pixels cannot be cut into {rows} x {columns} "
+        "tiles, as its number of slices asks for")
 
 def mosaic_places(
     d:Dataset,  # header of a Siemens mosaic
@@ -978,13 +973,13 @@ def mosaic_places(
     if between is None or between[0] <= 0:
         raise LoadError("it is a mosaic without a readable SpacingBetweenSlices (0018,0088)")
     if normal is None:
-        raise LoadError("it is a mosaic whose slices may run either way: SliceNormalVector is missing from "
-            "its private element (0029,xx10) or unreadable")
+        raise LoadError("it is a mosaic whose slices may run either way: SliceNormalVector is missing "
+                        "from its private element (0029,xx10) or unreadable")
     row, column, size = place[3:6], place[6:9], place[9:]
     up = np.cross(row, column)
     if abs(abs(up @ normal) - 1) > 1e-2:
-        raise LoadError("it is a mosaic whose SliceNormalVector is not the normal of "
-            "its ImageOrientationPatient")
+        raise LoadError("it is a mosaic whose SliceNormalVector is not the normal of its "
+                        "ImageOrientationPatient")
     inside = (1 - 1 / side) / 2 * np.array([d.Rows, d.Columns]) * size   # mm down, mm to the right
     first = place[:3] + inside[0] * column + inside[1] * row
     return side, side, first + np.arange(count)[:, None] * between * np.sign(up @ normal) * up
@@ -997,7 +992,7 @@ def vframe_places(
     count, frames = numbers(private_value(d, "tiles"), 1), private_value(d, "frames")
     if count is None or count[0] < 1 or not frames:
         raise LoadError("it is a VFRAME picture, many slices in one picture, but its private elements "
-        "(0065,xx50) and (0065,xx51), their number and places, are missing or unreadable")
+                        "(0065,xx50) and (0065,xx51), their number and places, are missing or unreadable")
     if not all(isinstance(f, Dataset) for f in frames) or len(frames) != count[0]:
         raise LoadError(f"it is a VFRAME picture of {count[0]:.0f} slices with {len(frames)} places")
     places = [numbers(f.get("ImagePositionPatient"), 3) for f in frames]
@@ -1023,8 +1018,8 @@ def tomogram_headers(
         if n == 1: return [d]
         what = (f"of kind {kind}, whose frames are {NM_FRAMES[kind]}" if kind in NM_FRAMES
                 else "whose ImageType does not say what its frames are")
-        raise LoadError(f"it is a nuclear medicine file {what}; "
-            "only reconstructed ones (RECON TOMO) are volumes")
+        raise LoadError(f"it is a nuclear medicine file {what}; only reconstructed ones (RECON TOMO) are "
+                        "volumes")
     if n > 65535: raise LoadError(f"it claims {n} frames, more than a nuclear medicine file can number")
     base = Dataset()
     base.update(d)
@@ -1041,17 +1036,16 @@ def tomogram_headers(
     place, between = slice_place(base), numbers(d.get("SpacingBetweenSlices"), 1)
     if n == 1 and not mixed: return [base]
     if place is None:
-        raise LoadError("it is a reconstructed nuclear medicine volume whose DetectorInformationSequence has "
-        "no readable position and orientation, "
-        "or that has no PixelSpacing")
+        raise LoadError("it is a reconstructed nuclear medicine volume whose DetectorInformationSequence "
+                        "has no readable position and orientation, or that has no PixelSpacing")
     if between is None or between[0] == 0:
         raise LoadError("it is a reconstructed nuclear medicine volume without a readable "
-            "SpacingBetweenSlices (0018,0088)")
+                        "SpacingBetweenSlices (0018,0088)")
     if bad := [name for name in ("SliceVector", *mixed) if len(vectors.get(name, slices)) != n]:
         raise LoadError(f"it has {n} frames, but {', '.join(bad)} counts others")
     if slices[0] != slices.min():
-        raise LoadError("its first frame is not its first slice (SliceVector), "
-            "so it is not known which one its position belongs to")
+        raise LoadError("its first frame is not its first slice (SliceVector), so it is not known which "
+                        "one its position belongs to")
     if "SliceVector" not in vectors and int(d.get("NumberOfSlices") or n) != n:
         raise LoadError(f"it has {n} frames of {d.NumberOfSlices} slices, but no SliceVector")
     step = between * np.cross(place[3:6], place[6:9])
@@ -1214,8 +1208,8 @@ def header_findings(
 def refuse_headers(path:Path, headers:list[tuple[Path, Dataset]])->None:
     "Raise `LoadError` with what `header_findings` says of them"
     if found := header_findings(headers):
-        raise LoadError(f"{path} cannot be read as its header describes it: "
-        f"{'; '.join(found)}; correct these fields, or export it again from where it came")
+        raise LoadError(f"{path} cannot be read as its header describes it: {'; '.join(found)}; correct "
+                        "these fields, or export it again from where it came")
 
 # %% ../nbs/00_loaders.ipynb #ef29f96c
 def place_tolerance(
@@ -1233,8 +1227,8 @@ def stack_faults(
     x, y, depth = axes @ (positions - positions[0]).T   # (3, N), mm
     gaps, found = np.diff(depth), {}
     if repeated := int((gaps <= place_tolerance(headers[0][1])).sum()):
-        return dict(copies=f"{repeated} slices share a place with another, "
-            "and no tag in their headers tells whole volumes apart")
+        return dict(copies=f"{repeated} slices share a place with another, and no tag in their headers "
+                           "tells whole volumes apart")
     if np.round(gaps.max() / np.quantile(gaps, .5, method="lower")) > 10:   # too wide to be filled
         return dict(parts=f"its slices lie in parts up to {gaps.max():.4g} mm apart")
     step = np.median(gaps)
@@ -1445,9 +1439,8 @@ class Slice(NamedTuple):
     place: np.ndarray|None       # from `slice_place`
     of: int                      # slices in the file
 
-KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE "
-            "OUT_PHASE ADC FA TRACEW "
-            "LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
+KINDS = set("M P R I MAGNITUDE PHASE REAL IMAGINARY MIXED W F WATER FAT IP OP IN_PHASE OUT_PHASE ADC FA "
+            "TRACEW LABEL CONTROL M_ZERO_SCAN ORIGINAL DERIVED PRIMARY SECONDARY".split())
 
 def tag_text(word:str, value:tuple|None, others:list[tuple|None])->str:
     "What a volume is called by one of its tags"
@@ -1781,15 +1774,15 @@ def stored_frames(
         # (R, H, C, W) -> (R * C, H, W)
         tiles = grid.swapaxes(1, 2).reshape(rows * columns, *grid.shape[1:4:2], *x.shape[2:])
         if any(t.min() < t.max() for t in tiles[len(places):]):
-            raise LoadError(f"{path} is a {tiled(d)} of {len(places)} slices, but the tiles behind the last "
-            "one are not empty, so that number is wrong; use the file as the scanner wrote it")
+            raise LoadError(f"{path} is a {tiled(d)} of {len(places)} slices, but the tiles behind the "
+                            "last one are not empty, so that number is wrong; use the file as the scanner "
+                            "wrote it")
         yield from tiles[:len(places)]
 
 # %% ../nbs/00_loaders.ipynb #5d1c07e1
 PROJECTIONS = set("CR DG DX IO MG PX RF RG TG XA".split())   # X-ray pictures: their values have no unit
-PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS "
-                "PROPCPS MLMINML MLML GML "
-    "STDDEV".split())   # C.8.9.1
+PET_UNITS = set("CNTS CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS PROPCPS "
+                "MLMINML MLML GML STDDEV".split())   # C.8.9.1
 
 def value_unit(
     d:Dataset,   # header of a slice or frame
@@ -2085,8 +2078,8 @@ def read_dicom(
         series = {str(d.get("SeriesInstanceUID") or "") for _, d in part}
         again = sum(str(d.get("SeriesInstanceUID") or "") in series for p, d in headers if p in set(copies))
     if again and len(part) > 1: raise LoadError(
-        f"{path} is not one regular volume: copies of its own images in its folder: {again}; "
-        "remove the copies")
+        f"{path} is not one regular volume: copies of its own images in its folder: {again}; remove the "
+        "copies")
     if "SeriesInstanceUID" in part.note: log.info("%s is read as one series; it has %s", path, part.note)
     return read_images(part, path, allow, deidentified)
 
@@ -2130,8 +2123,8 @@ def load_scan(
         elif file.is_dir() or file.name == "**": x, meta = read_dicom(file, entry, allow, deidentified)
         elif entry and (name.endswith((*PICTURES, ".nii", ".nii.gz", ".nrrd", ".nhdr"))
                         or picture_head(file)):
-            raise LoadError(f"{file} has no part {entry!r}; only .npz files, "
-                "DICOM files and folders of DICOM files have parts")
+            raise LoadError(f"{file} has no part {entry!r}; only .npz files, DICOM files and folders of "
+                            "DICOM files have parts")
         elif name.endswith(PICTURES) or picture_head(file): x, meta = read_picture(file)
         elif name.endswith((".nii", ".nii.gz")): x, meta = read_nifti(file, allow)
         elif name.endswith((".nrrd", ".nhdr")): x, meta = read_nrrd(file, allow)
@@ -2139,7 +2132,7 @@ def load_scan(
             x, meta = read_dicom(file, entry, allow, deidentified)
         else:
             raise LoadError(f"{file} is {file.suffix!r}; anomdx reads NIfTI, NRRD, DICOM, PNG, JPEG, TIFF, "
-                "BMP and .npz: convert it to NIfTI")
+                            "BMP and .npz: convert it to NIfTI")
         if modality == "ct" and meta["format"] in ("nifti", "nrrd"): meta["unit"] = "HU"
         meta |= dict(modality=modality or meta.get("modality", ""), patient=keyed_hash(patient) if patient else meta.get("patient") or keyed_hash(str(file) + entry))
         return to_scan(x, str(path), **meta)
@@ -2263,10 +2256,8 @@ def whole_labels(
     if top and low >= -.5 * top and soft.any():
         return soft, True
     raise LoadError(f"{path} holds {int(odd.sum())} values that are no whole numbers, such as "
-                    f"{float(x[odd][0]):.4g}, "
-                    f"of {x.numel()} from {low:.4g} to {high:.4g}, but a mask needs labels (0 is "
-                    "background); "
-                    "resample it with nearest neighbours, or round it")
+                    f"{float(x[odd][0]):.4g}, of {x.numel()} from {low:.4g} to {high:.4g}, but a mask "
+                    "needs labels (0 is background); resample it with nearest neighbours, or round it")
 
 # %% ../nbs/00_loaders.ipynb #6d617371
 def drawn_labels(
@@ -2278,8 +2269,7 @@ def drawn_labels(
         x, alpha = x[:-1], x[-1:]
         if (levels := len(alpha.unique())) > 2:
             raise LoadError(f"{path} is transparent in {levels} degrees, so that nobody can say where its "
-                            "labels end; "
-                            "save them as a grey PNG")
+                            "labels end; save them as a grey PNG")
         if (x == x[:, :1, :1]).all():
             return (alpha > 0).float(), {}
         x = x * (alpha > 0)
@@ -2316,8 +2306,8 @@ def as_labels(
         x, colours = drawn_labels(x, path)
     if len(x) > 1 and ((x.sum(0) - 1).abs() < 1e-3).all():
         raise LoadError(f"{path} gives each voxel to one of its {len(x)} channels, the background among "
-                        "them, and does not "
-                        "say which that is; save one channel of labels, or the lesions' channels alone")
+                        "them, and does not say which that is; save one channel of labels, or the "
+                        "lesions' channels alone")
     x, soft = whole_labels(x, path, step)
     edges = "soft edges" if soft else "grey edges" if grey_edges(x) else "labels"
     return MetaTensor(x, affine=scan.affine, meta=own_meta(scan) | dict(read_as=edges, colours=colours))
@@ -2348,14 +2338,12 @@ def check_dicom_mask(
     kind = str(d.get("PhotometricInterpretation", ""))
     if kind in ("MONOCHROME1", "PALETTE COLOR"):
         raise LoadError(f"{path} is {kind}: its values stand for something else than themselves, and a "
-                        "mask needs labels; "
-                        "save it as NIfTI or MONOCHROME2")
+                        "mask needs labels; save it as NIfTI or MONOCHROME2")
     if str(d.get("LossyImageCompression", "")) == "01":
         raise LoadError(f"{path} was compressed with loss, which blurs a mask; save it as NIfTI or PNG")
     if str(d.get("SegmentationType", "BINARY")) != "BINARY":
         raise LoadError(f"{path} is a DICOM segmentation of fractions, not of labels; convert it to a "
-                        "NIfTI label map "
-                        "on the scan's grid")
+                        "NIfTI label map on the scan's grid")
 
 # %% ../nbs/00_loaders.ipynb #6d617378
 def load_mask(
@@ -2368,8 +2356,7 @@ def load_mask(
     except LoadError as e:
         if (d := dicom_header(file) if file.is_file() else None) is None or d.get("Modality") != "SEG": raise
         raise LoadError(f"{path} is a DICOM segmentation that is no single volume; convert it to a NIfTI "
-                        "label map on "
-                        "the scan's grid (dcmqi's segimage2itkimage does)") from e
+                        "label map on the scan's grid (dcmqi's segimage2itkimage does)") from e
     kind, step = mask.meta["format"], 0.
     if kind == "dicom":
         check_dicom_mask(file.parent if file.name == "**" else file)
@@ -2391,16 +2378,15 @@ def lesion_of(
     if lesion and len(colours) > 1:
         found = ", ".join(f"{c} ({n} pixels)" for c, n in list(colours.items())[:5])
         raise LoadError(f"{labels.meta['source']} has labels in {len(colours)} colours, {found}, which "
-                        "have no values that "
-                        f"lesion={list(lesion)} could choose from; save it as a grey or palette PNG with "
-                        "a number for each label")
+                        f"have no values that lesion={list(lesion)} could choose from; save it as a grey "
+                        "or palette PNG with a number for each label")
     if lesion: found = torch.isin(labels, torch.tensor(lesion, dtype=labels.dtype))
     else: found = labels > (127.5 if labels.meta["read_as"] == "grey edges" else 0)
     if len(colours) > 1 and found.all():
         drawn = ", ".join(f"{c} ({n} pixels)" for c, n in list(colours.items())[:5])
-        raise LoadError(f"{labels.meta['source']} is drawn in {len(colours)} colours on no black background: "
-                        f"{drawn}; paint black what is no lesion, or save it as a grey or palette PNG with a "
-                        "number for each label")
+        raise LoadError(f"{labels.meta['source']} is drawn in {len(colours)} colours on no black "
+                        f"background: {drawn}; paint black what is no lesion, or save it as a grey or "
+                        "palette PNG with a number for each label")
     return found.any(0, keepdim=True).float()   # (C, *spatial) -> (1, *spatial)
 
 # %% ../nbs/00_loaders.ipynb #6d617384
@@ -2425,8 +2411,7 @@ def fit_mask(
         seen = [*(i for i, n in enumerate(full(shape)) if n > 1), 3]   # of one voxel, the step moves nothing
         if full(shape) != x.shape[1:] or not np.allclose(affine[:, seen], target[:, seen], atol=1e-2):
             raise DataError(f"the mask {name} lies elsewhere than its scan {scan.meta['source']} (the "
-                            "affines differ); "
-                            "resample it to the scan's grid")
+                            "affines differ); resample it to the scan's grid")
     elif flat(own) != flat(shape):
         raise DataError(f"the mask {name} has the shape {own}, its scan {scan.meta['source']} has {shape}; "
                         "save the mask on the scan's grid")

@@ -245,9 +245,9 @@ def quick_fit(
     optimizers = detector.configure_optimizers(SimpleNamespace(lr=lr, weight_decay=0.))
     while optimizers and len(history) < steps:
         if time.monotonic() >= end:
-            raise FitTimeout(f"{type(detector).__name__} was fitted for {len(history)} of {steps} steps when "
-            f"its {seconds:g} s were over; "
-                "this machine is slow or busy: allow more seconds, or ask for fewer steps")
+            raise FitTimeout(f"{type(detector).__name__} was fitted for {len(history)} of {steps} steps "
+                             f"when its {seconds:g} s were over; this machine is slow or busy: allow more "
+                             "seconds, or ask for fewer steps")
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - len(history) / steps)
         x = images[torch.randint(len(images), (batch_size,))]

@@ -183,7 +183,7 @@ def check_stored(
     "Refuse a file whose bytes cannot hold the B-scans that its header says it holds"
     if min(n, height, width) < 1 or n * (height * width * pixel + head) > stored:
         raise LoadError(f"{path} says it holds {n} B-scans of {height} × {width} pixels, which {stored} "
-            "bytes cannot hold; copy or download it again")
+                        "bytes cannot hold; copy or download it again")
 
 
 # %% ../nbs/01_oct.ipynb #08f9e708
@@ -267,8 +267,8 @@ def read_e2e(path:Path)->list[OCTVolume]:
         entries = e2e_entries(data, layout)
         pictures = entries[(entries["type"] == 1073741824) & (entries["ind"] == 1)]
         if pictures["size"].sum(dtype=np.int64) > len(data):
-            raise LoadError(f"{path} says it holds more B-scans than its {len(data)} bytes can hold; "
-            "copy or download it again")
+            raise LoadError(f"{path} says it holds more B-scans than its {len(data)} bytes can hold; copy "
+                            "or download it again")
         series = list(zip(*[entries[k].tolist() for k in ("patient", "study", "series")]))
         has_oct = {key for key, kind, ind in zip(series, entries["type"], entries["ind"]) if kind == 1073741824 and ind == 1}
         item = lambda e: layout.datacontainer_format.parse(data[e["start"]:e["start"] + 60 + e["size"]]).item

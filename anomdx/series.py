@@ -310,8 +310,7 @@ def find_series(
     made = sum("SeriesInstanceUID" in s.note for s in series)
     if made:
         log.info("%s: %d series without a SeriesInstanceUID of their own, put together by folder, study, "
-        "frame "
-                      "of reference and geometry", root, made)
+                 "frame of reference and geometry", root, made)
     return SeriesList(series, root, {k: v for k, v in others.items() if v}, [p for _, p in missing])
 
 # %% ../nbs/05_series.ipynb #835e4f80

@@ -91,8 +91,8 @@ def check_tiles(path:str|Path)->None:
         for page in f.pages:
             places, lengths = (np.asarray(v, dtype=object) for v in (page.dataoffsets, page.databytecounts))
             if len(places) != len(lengths):
-                raise LoadError(f"{path} has {len(places)} tiles and {len(lengths)} lengths for them; "
-                    "copy or download it again")
+                raise LoadError(f"{path} has {len(places)} tiles and {len(lengths)} lengths for them; copy "
+                                "or download it again")
             end = max((int(o) + int(n) for o, n in zip(places, lengths)), default=0)
             if end > size or min(map(int, lengths), default=0) < 0:
                 raise LoadError(f"{path} has {size} of {end} bytes; copy or download it again")

@@ -70,8 +70,8 @@ def end_records(buf: bytes | bytearray, start: int, name: str) -> list[End]:
     ends = ends or [i for i, stop in stops.items() if filled <= stop < len(buf)]
     more = [len(buf) - stop for stop in stops.values() if stop < len(buf)]
     if more and not ends:
-        raise CorruptMember(f"{name}: {more[0]} bytes that are not all zero follow its end-of-directory record; "
-            "cut them off, or fetch it again if it is cut short")
+        raise CorruptMember(f"{name}: {more[0]} bytes that are not all zero follow its end-of-directory "
+                            "record; cut them off, or fetch it again if it is cut short")
     return [end_record(buf, i, start, name) for i in ends]
 
 def end_record(buf: bytes | bytearray, i: int, start: int, name: str) -> End:
@@ -84,8 +84,8 @@ def end_record(buf: bytes | bytearray, i: int, start: int, name: str) -> End:
     disks, *wide = struct.unpack_from("<Q8xQQQ", buf, at + 16)
     for few, many, bits in zip(narrow[1:], wide, (16, 32, 32)):
         if few not in (2 ** bits - 1, many % 2 ** bits):
-            raise CorruptMember(f"{name} has a ZIP64 record that contradicts the "
-                f"narrow one ({many} and {few})")
+            raise CorruptMember(f"{name} has a ZIP64 record that contradicts the narrow one ({many} and "
+                                f"{few})")
     return End(wide[0], True, disks, wide[1], wide[2], start + at)
 
 # %% ../nbs/30_streaming.ipynb #fd35a7a6
@@ -97,16 +97,16 @@ def find_directory(source: Source, max_bytes: int = 256 << 20
     if not ends: raise CorruptMember(f"{source.name} has no end-of-directory record: it is cut short, or not a ZIP")
     fitting = [end for end in ends if end.fits(buf, start, max_bytes)]
     if len(fitting) > 1:
-        raise CorruptMember(f"{source.name} ends in {len(fitting)} records that each name another directory; "
-            "pack it again")
+        raise CorruptMember(f"{source.name} ends in {len(fitting)} records that each name another "
+                            "directory; pack it again")
     n, wide, disks, length, offset, stop = (fitting or ends)[0]
     if disks:
         raise CorruptMember(f"{source.name} is one part of a split archive; join the parts (zip -s 0 "
-            f"{Path(source.name).name} --out whole.zip)")
+                            f"{Path(source.name).name} --out whole.zip)")
     shift = stop - length - offset
     if not fitting:
-        raise CorruptMember(f"{source.name} has an impossible directory: "
-            f"{n} members in {length} bytes at {offset} of {source.size}")
+        raise CorruptMember(f"{source.name} has an impossible directory: {n} members in {length} bytes at "
+                            f"{offset} of {source.size}")
     at = offset + shift
     return n, wide, shift, at, buf[at - start:stop - start] if at >= start else source.read(at, at + length)
 
@@ -160,20 +160,20 @@ def read_directory(directory: bytes, n: int, wide: bool = False) -> np.ndarray:
     "The members of a central directory, (n,) of MEMBER; `name_at` is where the name begins in `directory`. Source: APPNOTE 4.3.12"
     starts, p, lengths = array("q"), 0, struct.Struct("<4H").unpack_from
     while p < len(directory) and directory[p:p + 4] != b"PK\5\5": # a signature may follow: APPNOTE 4.3.13
-        broken = (f"directory broken at member {len(starts)} of {n}: it is damaged or encrypted; "
-            "fetch or pack the archive again")
+        broken = (f"directory broken at member {len(starts)} of {n}: it is damaged or encrypted; fetch or "
+                  "pack the archive again")
         if p + 46 > len(directory) or directory[p:p + 4] != b"PK\1\2": raise CorruptMember(broken)
         name, extra, comment, disk = lengths(directory, p + 28)
         if disk not in (0, 0xffff):
-            raise CorruptMember(f"member {len(starts)} lies in another part of a split archive; "
-                "join the parts")
+            raise CorruptMember(f"member {len(starts)} lies in another part of a split archive; join the "
+                                "parts")
         starts.append(p)
         p += 46 + name + extra + comment
     if p < len(directory): p += 6 + int.from_bytes(directory[p + 4:p + 6], "little")
     if p != len(directory): raise CorruptMember(f"directory broken at member {len(starts) - 1} of {n}")
     if len(starts) != n and (wide or len(starts) % 65536 != n): # macOS counts so
         raise CorruptMember(f"the directory holds {len(starts)} members where its last record says {n}; "
-            "fetch or pack the archive again")
+                            "fetch or pack the archive again")
     members = np.zeros(n := len(starts), MEMBER)
     members["name_at"] = np.frombuffer(starts, np.int64) + 46
     for part in np.split(members, range(4096, n, 4096)): # views; less memory than all rows at once
@@ -300,8 +300,8 @@ def obstacles(index: ZipIndex, ids: np.ndarray, max_size: int = MAX_SIZE,
 def describe_obstacles(index: ZipIndex, why: dict[int, str], n: int) -> str:
     "What is left out of `n` members, in one line"
     said = ", ".join(f"{k} {reason}" for reason, k in Counter(why.values()).most_common())
-    return (f"{index.name_of}: {len(why)} of {n} members are left out: {said}, such as {index.name(min(why))!r}; "
-            "unpack it and pack it again by deflate to use them")
+    return (f"{index.name_of}: {len(why)} of {n} members are left out: {said}, such as "
+            f"{index.name(min(why))!r}; unpack it and pack it again by deflate to use them")
 
 def shared_names(index: ZipIndex, ids: np.ndarray) -> str: # '' where each has a name of its own
     "How many of these members share a name with another, in one line"
@@ -393,7 +393,7 @@ def check_packing(index: ZipIndex, j: int) -> None:
     why = packing(int(index.members["method"][j]), int(index.members["flags"][j]))
     if why:
         raise UnreadableMember(f"{index.name(j)} is {why}, which is not read; unpack {index.name_of} and "
-            "pack it again by deflate (zip -r)")
+                               "pack it again by deflate (zip -r)")
 
 def unpack(index: ZipIndex, j: int, blob: bytes | bytearray, base: int) -> bytes:
     "Member `j`, checked, out of `blob`, which holds the archive's bytes from `base` on"
@@ -725,8 +725,8 @@ def iter_zip(
         wanted = is_meant(name, suffix, prefix) and safe_name(name) and not why
         if why and is_meant(name, suffix, prefix): left_out[why] += 1
         if why and flags & 8:
-            raise UnreadableMember(f"{name} is {why}, and where it ends is not known in one pass; unpack the "
-                "archive and pack it again by deflate (zip -r)")
+            raise UnreadableMember(f"{name} is {why}, and where it ends is not known in one pass; unpack "
+                                   "the archive and pack it again by deflate (zip -r)")
         data, found = None, (crc, packed, size)
         if method == 8 and not why and (wanted or flags & 8):
             data, *found = inflate(tap, max_size if wanted else -1, max_ratio)

@@ -122,8 +122,8 @@ def column_for(
     groups = {name: tuple(same(name)) for name in fit}
     if len(set(groups.values())) > 1:
         raise DataError(f"{source}: the {column} could be read from the columns "
-                        f"{' and '.join(map(repr, fit[:3]))}, which differ; "
-                        f"rename the right one to {column!r}")
+                        f"{' and '.join(map(repr, fit[:3]))}, which differ; rename the right one to "
+                        f"{column!r}")
     asked = [name for name in filled if nearly(name, column) and not means(name)]
     if column == "split":
         asked += [n for n in found if n not in fit and {v.lower() for v in raw[n]} <= SPOKEN | {""}]
@@ -132,8 +132,7 @@ def column_for(
         needs = {"split": ", with the values train, val, test or nothing",
                  "label": ", with the values 0 (healthy), 1 (anomalous) or -1 (unknown)"}
         raise DataError(f"{source} has no column {column!r}, did you mean {asked[0]!r}? Rename it to "
-                        f"{column!r}{needs.get(column, '')}, "
-                        "or to something else if it is none")
+                        f"{column!r}{needs.get(column, '')}, or to something else if it is none")
     return fit[0] if fit else ""
 
 # %% ../nbs/05_tables.ipynb #0a5c310a
@@ -170,8 +169,8 @@ def patient_names(
     alike = people.str.lower().str.replace(r"\s+", "", regex=True).str.replace(r"(?<!\d)0+(?=\d)", "", regex=True)
     many = int(alike.duplicated(keep=False).sum())
     told = [f"the patient of {nobody.sum()} scans is a word such as 'nan' or 'unknown' and names nobody"] * bool(nobody.any())
-    told += [f"{many} patients differ from another only in case, blanks or leading zeros; "
-             "if they are the same people, write them alike"] * bool(many)
+    told += [f"{many} patients differ from another only in case, blanks or leading zeros; if they are the "
+             "same people, write them alike"] * bool(many)
     return plain, told
 
 

@@ -129,8 +129,7 @@ def fitted_shape(
         what = f"transform.spacing={spacing} mm" if spacing else "a picture in proportion"
         where, other = ", ".join(map(str, unknown)), "leave transform.spacing empty, or " if spacing else ""
         raise DataError(f"does not say how large its pixels are along axis {where}, which {what} needs; "
-        f"{other}write their "
-                        "size in mm into a DICOM, NIfTI or NRRD file")
+                        f"{other}write their size in mm into a DICOM, NIfTI or NRRD file")
     # pixels may be known to be no squares
     if unknown: voxel = (scan.meta.get("aspect", 1),) + (1,) * (len(voxel) - 1)
     mm = [v * n for v, n in zip(voxel, scan.shape[1:])]

@@ -21,7 +21,7 @@ def assert_within(limit, measure, tries=4, crowding=crowding):
         took = measure()
         if took <= limit: return
         crowd = max(before, crowding())
-        assert crowd > QUIET, (f"took {took:.2f} s, {limit:g} s are allowed, and nobody else kept this machine "
-            f"busy (a computation took {crowd:.2f} times its CPU time)")
+        assert crowd > QUIET, (f"took {took:.2f} s, {limit:g} s are allowed, and nobody else kept this "
+                               f"machine busy (a computation took {crowd:.2f} times its CPU time)")
         said.append(f"{took:.2f} s where a computation took {crowd:.1f} times its CPU time")
     pytest.skip(f"this machine is too busy to tell whether it takes at most {limit:g} s: {'; '.join(said)}")

@@ -163,8 +163,8 @@ def test_judged_where_the_table_is_not(capsys, trained, away, tmp_path):
         leak.write_text(table.read_text().replace("28.png,0,P28", f"28.png,0,{patient}"))
         with pytest.raises(LeakError, match=f"1 patients of .*leak.csv are in train.*{keyed_hash(patient)}"):
             evaluate(folder, leak)
-    with pytest.raises(DataError, match="not on this machine; copy it here and write its "
-            "place into .*config.yaml"):
+    with pytest.raises(DataError, match="not on this machine; copy it here and write its place into "
+                                        ".*config.yaml"):
         evaluate(folder)
     for command in (["evaluate", folder], ["report", folder]):
         status, out, lines = call(capsys, *command)

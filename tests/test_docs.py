@@ -85,8 +85,8 @@ x = "fence"
 
 
 def test_markdown_is_taken_apart():
-    assert docs.paragraphs(MARKDOWN) == ["Title", "purpose of it", "A first paragraph with code, a link and "
-    "'quotes' -- and a dash on two lines.",
+    assert docs.paragraphs(MARKDOWN) == ["Title", "purpose of it", "A first paragraph with code, a link "
+        "and 'quotes' -- and a dash on two lines.",
         "an item", "inside another", "numbered", "head", "of a table", "cell", "of one", 'x = "fence"\n',
         "indented\n", "A heading"]
 

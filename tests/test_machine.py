@@ -20,6 +20,6 @@ def test_too_slow_on_a_quiet_machine_fails():
 
 
 def test_too_slow_on_a_busy_machine_is_skipped_with_the_figures():
-    with pytest.raises(pytest.skip.Exception, match="too busy to tell .* 3.00 s where a computation "
-            "took 2.0 times its CPU time"):
+    with pytest.raises(pytest.skip.Exception, match="too busy to tell .* 3.00 s where a computation took "
+        "2.0 times its CPU time"):
         assert_within(1, lambda: 3., crowding=lambda: 2.)

@@ -251,13 +251,13 @@ def cohort(folder, masks, labels, lesion=()):
 
 
 @pytest.mark.parametrize("masks,lesion,says", [
-    ([255 * (SPOT > 0).astype(np.uint8)] * 3, (1,), "lesion values that occur in none of 3 masks: "
-    "1 (they hold 0, 255)"),
+    ([255 * (SPOT > 0).astype(np.uint8)] * 3, (1,), "lesion values that occur in none of 3 masks: 1 (they "
+        "hold 0, 255)"),
     ([SPOT, 0 * SPOT, 0 * SPOT], (1,), "2 of 3 masks of anomalous scans mark nothing"),
     ([SPOT, 0 * SPOT + 1], (1, 2), "1 of 2 masks mark more than 95 % of their scan"),
     ([SPOT], (), "1 of 1 masks hold several labels, of 0, 1, 2 (all above 0 count as lesion"),
-    ([np.array([[0, 0, 0], [255, 0, 0], [0, 9, 0]], np.uint8)[SPOT]], (), "1 of 1 masks are drawn in several "
-    "colours"),
+    ([np.array([[0, 0, 0], [255, 0, 0], [0, 9, 0]], np.uint8)[SPOT]], (), "1 of 1 masks are drawn in "
+        "several colours"),
     ([(SPOT > 0).astype(np.uint8)], (1,), "")])
 def test_what_is_said(tmp_path, masks, lesion, says):
     found = mask_findings(cohort(tmp_path, masks, [1] * len(masks), lesion))

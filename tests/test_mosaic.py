@@ -206,7 +206,7 @@ UNKNOWN = dict(
     deidentified=(lambda d: d.remove_private_tags(), "NumberOfImagesInMosaic"),
     no_csa=(lambda d: d.__delitem__(0x00291010), "SliceNormalVector is missing"),
     damaged_csa=(lambda d: d[0x00291010].__setattr__("value", b"SV10" + bytes(40)), "SliceNormalVector is "
-    "missing"),
+        "missing"),
     no_direction=(csa(NumberOfImagesInMosaic=[5]), "SliceNormalVector is missing"),
     other_direction=(csa(NumberOfImagesInMosaic=[5], SliceNormalVector=[1, 0, 0]), "not the normal"),
     no_spacing=(lambda d: d.__delitem__("SpacingBetweenSlices"), "SpacingBetweenSlices"),

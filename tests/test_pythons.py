@@ -7,8 +7,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml; "
-    "pip installing it there is the test")
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml; pip installing "
+    "it there is the test")
 PROJECT = tomllib.loads((Path(__file__).parent.parent/"pyproject.toml").read_text())["project"]
 OLDEST = re.search(r"\d+\.\d+", PROJECT["requires-python"])[0]
 # The newest release of these wants a newer Python; the last one that did not must stay within the bound.
@@ -28,7 +28,8 @@ def test_a_release_for_the_oldest_python_is_within_the_bound(wanted):
     try: newest = metadata(wanted.name)
     except PackageNotFoundError: pytest.skip(f"{wanted.name} is not installed")
     if SpecifierSet(newest["Requires-Python"] or "").contains(f"{OLDEST}.99"): return
-    assert wanted.name in LAST, (f"{wanted.name} {newest['Version']} wants Python {newest['Requires-Python']}, not {OLDEST}; "
-        "which release was the last for it?")
+    assert wanted.name in LAST, (f"{wanted.name} {newest['Version']} wants Python "
+                                 f"{newest['Requires-Python']}, not {OLDEST}; which release was the last "
+                                 "for it?")
     assert wanted.specifier.contains(
         LAST[wanted.name]), f"{wanted}: the last release for Python {OLDEST} is {LAST[wanted.name]}"

@@ -60,8 +60,8 @@ def test_the_preset_keeps_it_unknown_and_refuses_millimetres(unknown):
 def test_lesions_are_measured_in_pixels(unknown):
     assert voxel_size(unknown) == ([1.] * (unknown.ndim - 1), "px")
     assert usual_diameters(unknown) == usual_diameters(unknown.as_tensor())
-    with pytest.raises(DataError, match="does not say how large its pixels are; leave it out, "
-            "or plant in scan.as_tensor"):
+    with pytest.raises(DataError, match="does not say how large its pixels are; leave it out, or plant in "
+                                        "scan.as_tensor"):
         plant("blob", unknown, diameter=4.)
 
 

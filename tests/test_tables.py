@@ -62,14 +62,14 @@ def test_other_columns_are_no_patients(cohort, name, caplog):
     ("path,label,pateint", "{0},{1},{2}", "did you mean 'pateint'? Rename it to 'patient'"),
     ("path,label,subjekt", "{0},{1},{2}", "did you mean 'subjekt'"),
     ("path,label,subject,case", "{0},{1},{2},{0}", "could be read from the columns 'subject' and 'case', "
-    "which differ"),
+        "which differ"),
     ("path,label,maks", "{0},{1},{0}", "no column 'mask', did you mean 'maks'"),
     ("path,label,partition", "{0},{1},Training", "no column 'split', did you mean 'partition'"),
     ("path,label,Split", "{0},{1},Train", "its split is not train, val, test or empty, did you mean 'train'"),
     ("path,diagnosis", "{0},{1}", "needs a column 'label'"),
     ("path,class", "{0},sick", "no column 'label', did you mean 'class'"),
     ("file,image,label", "{0},x{0},{1}", "the path could be read from the columns 'file' and 'image', "
-    "which differ")])
+        "which differ")])
 def test_what_is_unclear_is_asked(cohort, header, line, asks):
     with pytest.raises(DataError) as e: read_table(write(cohort, header, lambda *v: line.format(*v)))
     assert asks in str(e.value) and "Doe" not in str(e.value)

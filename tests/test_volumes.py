@@ -434,8 +434,8 @@ def test_series_without_identifiers_say_so(tmp_path, caplog):
     mixed(tmp_path/"b", *FOLDERS["own_uid"])
     notes = [s.note for s in find_series(tmp_path, progress=False)]
     assert notes == [f"no SeriesInstanceUID: {N} files of one folder, study and frame of reference",
-                     f"a SeriesInstanceUID for each of {N} slices of one folder, "
-                     "study and frame of reference"]
+                     f"a SeriesInstanceUID for each of {N} slices of one folder, study and frame of "
+                     "reference"]
     assert sum("2 series without a SeriesInstanceUID of their own" in r.getMessage()
                for r in caplog.records) == 1
     load_scan(tmp_path/"a")

@@ -74,8 +74,8 @@ def test_more_members_than_the_record_can_count():
 
 @pytest.mark.parametrize("stated", [0, 2, 4, 65_535])
 def test_a_count_that_contradicts_is_named(stated):
-    with pytest.raises(CorruptMember, match=f"a.zip.*({stated} members in|holds 3 members where its "
-            f"last record says {stated};)"):
+    with pytest.raises(CorruptMember, match=f"a.zip.*({stated} members in|holds 3 members where its last "
+        f"record says {stated};)"):
         ZipIndex.open(Memory(patched(zipped(["a.png", "b.png", "c.png"]), n=stated, here=stated)))
 
 
@@ -283,8 +283,8 @@ def test_what_is_not_read_is_counted_once_and_refused_by_name(field, value, why,
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 2 and all("1 " in line for line in lines)
     asked = source.asked
-    with pytest.raises(UnreadableMember, match=f"b.png is {why}, which is not read; "
-            "unpack a.zip and pack it again"):
+    with pytest.raises(UnreadableMember, match=f"b.png is {why}, which is not read; unpack a.zip and pack "
+        "it again"):
         archive.read(1)
     assert source.asked == asked   # nothing was fetched for it, least of all four times
 
@@ -341,5 +341,5 @@ def test_nih_pictures_that_cannot_be_read_are_not_called_absent(tmp_path, caplog
 
 def test_an_nih_table_that_cannot_be_read_is_not_called_absent(tmp_path):
     with pytest.raises(DataError, match="has Data_Entry_2017.csv, but it is packed by bzip2 .method 12., "
-            "which is not read"):
+                                        "which is not read"):
         open_nih(nih(tmp_path, "/", closed_table=True))
