@@ -24,19 +24,6 @@ def exit_status(
     "Whose mistake it was: a wrong call raises ConfigError, ValueError or one of typer's errors, everything else is found in the data"
     return 2 if isinstance(error, (ConfigError, ValueError)) else getattr(error, "exit_code", 1)
 
-# %% ../nbs/80_cli.ipynb #d4389314
-class Once(logging.Filter):
-    "Lets what is said of the data through once"
-    def __init__(self):
-        super().__init__()
-        self.said = set()
-
-    def filter(self, record:logging.LogRecord)->bool:
-        text = record.getMessage()
-        new = record.name != "anomdx.datasets" or text not in self.said
-        self.said.add(text)
-        return new
-
 # %% ../nbs/80_cli.ipynb #43a7676a
 config = typer.Typer(help="List, show and check configurations.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config, name="config")
@@ -55,10 +42,8 @@ def main(
     args = list(sys.argv[1:] if args is None else args)
     if debug := "--debug" in args: args.remove("--debug")
     else: warnings.simplefilter("ignore")   # of libraries; our own findings are errors
-    shown = logging.StreamHandler(sys.stderr)
-    shown.addFilter(Once())
     level = logging.INFO if debug else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[shown])
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("anomdx").setLevel(logging.INFO)
     try: sys.exit(app(args or ["--help"], standalone_mode=False))
     except typer.Exit as e: sys.exit(e.exit_code)

@@ -112,6 +112,12 @@ MAGIC = {   # first bytes -> what the file is, and under which suffixes it may b
     b"%PDF": ("a PDF", ""),
     b"<!": ("a web page", ""), b"<h": ("a web page", ""), b"<?xml": ("XML text", "")}
 
+def kind_of(
+    head:bytes,  # the first bytes of a file
+)->tuple[str, str]:  # what it is, and under which of `SUFFIXES` it may be that; '' where that is not known
+    "What a file is by its first bytes"
+    return next((found for magic, found in MAGIC.items() if head.startswith(magic)), ("", ""))
+
 def other_kind(
     path:str|Path,  # a file that a library could not read
 )->str:             # '' when its first bytes fit its name, or say nothing
@@ -120,7 +126,7 @@ def other_kind(
         with open(path, "rb") as f: head = f.read(8)
     except OSError: return ""
     if not head: return "the file is empty (0 bytes); copy or download it again"
-    kind, own = next((found for magic, found in MAGIC.items() if head.startswith(magic)), ("", ""))
+    kind, own = kind_of(head)
     if not kind or str(path).lower().endswith(SUFFIXES.get(own, "-")): return ""
     return f"by its first bytes it is {kind}; unpack, rename or convert it"
 
@@ -2100,11 +2106,11 @@ def picture_head(
     with open(path, "rb") as f: head = f.read(132)
     if head[128:] == b"DICM":
         return False   # a TIFF and a DICOM file in one
-    bitmap = head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124)
-    return bitmap or head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
+    bitmap = int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124)   # the sizes of its headers
+    return kind_of(head)[1] == "picture" and (bitmap or head[:2] != b"BM")
 
 # %% ../nbs/00_loaders.ipynb #79bb047d
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+PICTURES = SUFFIXES["picture"]
 
 def load_scan(
     path:str|Path,             # a file, a series' folder, FOLDER#key, FILE.dcm#key or file.npz#key/index

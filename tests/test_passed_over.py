@@ -109,7 +109,7 @@ def test_sub_folders_of_a_folder_pair(tmp_path, said):
     table = read_table(tmp_path)
     assert len(table) == table.patient.nunique() == 6 and str(tmp_path/"healthy"/"ct") in set(table.path)
     (line,) = said("sub-folder")
-    assert "2 sub-folders, such as healthy/p0" in line and "column patient" in line
+    assert "2 sub-folders, such as healthy/p0, hold several" in line and "column 'patient'" in line
 
 
 def test_masks_as_bitmaps(tmp_path):

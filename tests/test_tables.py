@@ -101,8 +101,8 @@ def test_query_on_a_renamed_column_still_works(cohort):
 
 def test_some_rows_without_patient(cohort):
     table = read_table(write(cohort, "path,label,subject", lambda f, l, p: f"{f},{l},{'' if l else p}"))
-    assert table.patient.nunique() == 9 + 12 and table.attrs["told"][
-        -1] == "12 of 48 scans have no patient and count as patients of their own"
+    assert table.patient.nunique() == 9 + 12
+    assert table.attrs["told"][-1].startswith("12 of 48 scans have no patient, each counts as its own; if some")
 
 
 @pytest.mark.parametrize("text,names", [
@@ -144,8 +144,9 @@ def test_headers_are_asked(tmp_path):
     # as of a DICOM tree
     assert table.patient[:5].tolist() == [keyed_hash(keyed_hash(p)) for p in ("Doe1", "Doe1", "Doe2",
         "Doe2", "Doe1")]
-    assert table.attrs["told"] == ["the patient of 5 of 6 scans is read from DICOM headers, 2 in all",
-                                   "1 of 6 scans have no patient and count as patients of their own"]
+    read, alone = table.attrs["told"]
+    assert read == "the patient of 5 of 6 scans is read from DICOM headers, 2 in all"
+    assert alone.startswith("1 of 6 scans have no patient, each counts as its own")
 
 
 def test_headers_fill_a_column(tmp_path):
