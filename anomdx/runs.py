@@ -195,9 +195,10 @@ def validation_answers(
     "What the detector says to healthy validation scans; from validation.csv where the scans are gone"
     kept, was = run.folder/"validation.csv", run.threshold or {}
     try: rows = healthy_rows(run.table, "val")
-    except DataError:
+    except DataError as e:
         if not kept.is_file() or was.get("pixel_specificity") != cfg.eval.pixel_specificity:
             raise   # maps are not kept
+        logging.getLogger("anomdx.runs").warning("%s: thresholds are set from the scores in %s, for %s", run.folder, kept.name, e)
         return pd.read_csv(kept, float_precision="round_trip").score.to_numpy(), was["pixel"]
     check_validation(cfg, run.table)
     size = cfg.transform.size ** cfg.transform.spatial_dims
@@ -373,8 +374,12 @@ def predict(
         if a.map is not None: row["map"] = str(save_map(a.map, map_path(path, out/"maps", row["id"], scan), scan))
         rows.append(row)
     table = pd.DataFrame(rows, columns=["input", "id", "score", "flagged", "map"])
-    with atomic_path(out/"scores.csv") as part: table.to_csv(part, index=False)
-    if failed: raise DataError(f"{len(failed)} of {len(failed) + len(rows)} scans could not be scored, the others are in {out/'scores.csv'}: " + "; ".join(failed[:5]))
+    if rows:
+        with atomic_path(out/"scores.csv") as part: table.to_csv(part, index=False)
+    if failed:
+        others = f", the others are in {out/'scores.csv'}" if rows else ""
+        why = "; ".join(failed[:5]) + (f"; and {len(failed) - 5} more" if len(failed) > 5 else "")
+        raise DataError(f"{len(failed)} of {len(failed) + len(rows)} scans could not be scored{others}: {why}")
     return table
 
 def map_path(path:str, folder:Path, id:str, like:MetaTensor)->Path: # beside maps of the same file name from other folders
