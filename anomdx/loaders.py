@@ -474,6 +474,7 @@ def read_nifti(
             raise LoadError(f"{path} contradicts itself: its {'; its '.join(doubts)}, but more values "
                             "follow; export it again")
         finite = dtype.kind in "iu" and scale == (1, 0)
+        meta["step"] = 0. if scale[0] == 1 else abs(float(scale[0]))   # between values that the file can store
     while x.ndim > 3 and x.shape[3] == 1: x = x[:, :, :, 0]   # unused time axis
     if not 2 <= x.ndim <= 4:
         raise LoadError(f"{path} has {x.ndim} axes {shape}; a scan has 2 or 3, and one more for channels")
@@ -2363,16 +2364,12 @@ def load_mask(
         if (d := dicom_header(file) if file.is_file() else None) is None or d.get("Modality") != "SEG": raise
         raise LoadError(f"{path} is a DICOM segmentation that is no single volume; convert it to a NIfTI "
                         "label map on the scan's grid (dcmqi's segimage2itkimage does)") from e
-    kind, step = mask.meta["format"], 0.
+    kind = mask.meta["format"]
     if kind == "dicom":
         check_dicom_mask(file.parent if file.name == "**" else file)
     if kind == "picture" and file.suffix.lower() != ".npz" and (x := picture_indices(file)) is not None:
         mask = MetaTensor(torch.from_numpy(x), affine=mask.affine, meta=own_meta(mask))
-    if kind == "nifti":
-        try: slope = nib.load(file).dataobj.slope
-        except (OSError, nib.filebasedimages.ImageFileError): slope = 1   # a name that nibabel does not go by
-        step = abs(float(slope)) if slope not in (0, 1) else 0.
-    return as_labels(mask, step)
+    return as_labels(mask, mask.meta.get("step", 0.))
 
 # %% ../nbs/00_loaders.ipynb #6d617381
 def lesion_of(

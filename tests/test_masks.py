@@ -40,7 +40,10 @@ ALL = ((), (1,), (2,), (1, 2, 4), (3,))
 def test_labels_under_any_header(tmp_path, stored):
     "A float label map that was saved under the scan's header is stored as whole numbers times a slope"
     header = nib.Nifti1Image(np.zeros(LABELS.shape, stored), AFFINE).header
-    assert counts(volume(tmp_path, LABELS, header), *ALL) == [36, 27, 8, 36, 0]
+    path = volume(tmp_path, LABELS, header)
+    assert counts(path, *ALL) == [36, 27, 8, 36, 0]
+    misnamed = path.rename(tmp_path/"m.nii")   # still packed
+    assert counts(misnamed, *ALL) == [36, 27, 8, 36, 0]
 
 
 @pytest.mark.parametrize("sign", (1, -1))
