@@ -320,7 +320,7 @@ def check_detector(
             bad = [p.name for p in given if p.kind is not p.VAR_KEYWORD and (p.kind is not p.KEYWORD_ONLY or p.empty in (p.default, p.annotation))]
             need(not bad, f"{bad} are not")
         healthy = torch.stack([torch.from_numpy(phantom(s, 32, spatial_dims)[0]) for s in range(64)])
-        with clause(d, "training runs on healthy images alone, with finite loss"): 
+        with clause(d, "training runs on healthy images alone, with finite loss"):
             quick_fit(d, healthy, steps, seconds)
         with torch.no_grad():
             check_answers(d, x := torch.stack([torch.from_numpy(phantom(s, 32, spatial_dims, s % 2 > 0)[0]) for s in range(100, 108)]))
